@@ -1,0 +1,1 @@
+"""Slides to bags: the patch store, labels and splits, bags, augmentation."""

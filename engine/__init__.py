@@ -1,0 +1,1 @@
+"""Tasks, the loop, checkpoints: what turns bags and a model into results."""

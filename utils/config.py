@@ -1,0 +1,196 @@
+"""The options of a run: five frozen groups, built once from YAML files and the command line.
+
+Every option is a field with its help text; ``--name=value`` on the command line and ``name: value`` in a YAML file
+set it, later YAML files override earlier ones and the command line overrides all. A boolean ``name`` is set by
+``--name`` and cleared by ``--no_name`` (in YAML ``name: true`` or ``no_name: true``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that carries its help text and, where it has them, its valid values."""
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read: stores or features, labels, splits, bags."""
+
+    dataset_root: str | None = option(
+        None, "patch store (LMDB file or folder of shards) of the high magnification; features: folder with pt_files/ or h5_files/"
+    )
+    dataset_sub_root: str | None = option(None, "store or feature folder of the low magnification, for multi-scale bags")
+    dataset_test_root: str | None = option(
+        None, "separate high-magnification store for validation and test; default: dataset_root, resized on the device"
+    )
+    csv_path: str | None = option(None, "label csv, or folder of fold_<k>.csv")
+    datasets: str = option("panda", "task key: panda, brca, nsclc, call, bio*, surv_*, or any name of your own")
+    classes: str | None = option(None, "class names in order, comma separated, for a data set of your own")
+    missing: str = option("error", "what to do when a labelled slide is not in the store", ("error", "drop"))
+    val_ratio: float = option(0.0, "share taken from the training part as validation; 0: validation is the test set")
+    fold_start: int = option(0, "first fold to run")
+    cv_fold: int = option(5, "folds; 1 for a single run on the csv's own split")
+    val2test: bool = option(False, "append validation rows to test; validation then equals test")
+    random_fold: bool = option(False, "run cv_fold times on one csv with seed + 100 x fold")
+    random_seed: bool = option(False, "seed + 100 x fold in each fold")
+    image_input: bool = option(False, "patches go in (end to end); implied by a model name e2e_<encoder>_<mil>")
+    lmdb: bool = option(True, "patches come from an LMDB store; the only pixel source")
+    img_size: int | None = option(None, "size in px that the training stores must hold; default: what they hold")
+    crop_size: int = option(224, "size in px that the encoder sees")
+    channel_order: str = option("rgb", "bgr for weights trained with the published code", ("rgb", "bgr"))
+    mul_scale_input: bool = option(False, "training bags from two magnifications")
+    mul_scale_ratio: float = option(2.0, "low-magnification share of a bag is 1 / ratio")
+    same_psize: int = option(0, "patches (or features) per training bag; 0: all")
+    pad_enc_bs: bool = option(False, "extend short training bags to same_psize with random duplicates")
+    all_patch_train: bool = option(False, "the duplicates of pad_enc_bs take part in the MIL head too")
+    img_transform: str = option(
+        "none", "training augmentation", ("none", "weak", "weak_strong", "strong", "strong_v2")
+    )
+    crop_scale: float = option(0.08, "lower bound of the random resized crop's area, as a share")
+    img_trans_chunk: int = option(
+        0, "0: every patch draws its own crop; n: n groups per batch share one crop and shift, as the published code did"
+    )
+    num_workers: int = option(6, "reading processes for training")
+    num_workers_test: int | None = option(None, "reading processes for evaluation; default: num_workers")
+    prefetch_factor: int = option(2, "batches that each reading process keeps ready")
+    pin_memory: bool = option(False, "page-locked host memory for faster copies to the GPU")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained: encoder, MIL head, and their options."""
+
+    model: str = option("e2e_r18_abmilx", "e2e_<encoder>_<mil> for pixels, <mil> for features; --list prints the names")
+    n_classes: int | None = option(None, "outputs; default: the number of classes, or 4 survival bins")
+    input_dim: int | None = option(None, "width of a feature; default: the encoder's or the feature files'")
+    inner_dim: int = option(512, "hidden width of the MIL head")
+    act: str = option("relu", "activation behind the input projection", ("relu", "gelu", "none"))
+    dropout: float = option(0.25, "dropout behind the input projection")
+    mil_norm: str = option("none", "normalisation at the MIL input", ("bn", "ln", "none"))
+    mil_bias: bool = option(True, "biases in the linear layers of the MIL head")
+    n_heads: int = option(8, "attention heads")
+    n_layers: int = option(2, "transformer layers")
+    pool: str = option("cls_token", "transformer pooling", ("cls_token", "mean", "attn"))
+    pos: str = option("none", "position code of transformer heads", ("ppeg", "sincos", "none"))
+    attn_dropout: float = option(0.0, "dropout on attention weights")
+    ffn: bool = option(False, "feed-forward block (behind the aggregation in ABMILX)")
+    ffn_ratio: float = option(4.0, "hidden width of the feed-forward block in units of its input")
+    ffn_dp: float = option(0.0, "dropout in the feed-forward block")
+    sdpa_type: str = option(
+        "torch", "attention kernel; torch picks the best available", ("torch", "flash", "math", "memo_effi", "torch_math")
+    )
+    abx_attn_plus: bool = option(True, "ABMILX: attention plus (A+); --no_abx_attn_plus leaves multi-head ABMIL")
+    abx_D: float | None = option(None, "ABMILX: hidden width of the score MLP; above 10 absolute, else a divisor")
+    abx_attn_bias: bool = option(False, "ABMILX: biases in the score MLP")
+    abx_pad_v: bool = option(False, "ABMILX: pad V to the head width for the fused kernel (the values do not change)")
+    abx_attn_plus_embed_new: bool = option(False, "ABMILX: full-width score MLP with one score per head")
+    abx_alpha_init: str = option("1.0", "ABMILX: start of alpha, a number, or 'normal' for the published N(0, 1)")
+    epeg_k: int = option(15, "RRTMIL: kernel of the position encoding")
+    crmsa_k: int = option(3, "RRTMIL: representatives per region")
+    region_num: int = option(8, "RRTMIL: regions per side")
+    rrt_n_heads: int = option(8, "RRTMIL: attention heads")
+    rrt_n_layers: int = option(2, "RRTMIL: layers")
+    enc_init: str | None = option(
+        None, "encoder weights (.pt, .safetensors); a folder means <folder>/fold_<k>_model_best.pt"
+    )
+    enc_pt: bool = option(True, "ImageNet weights for the encoder; --no_enc_pt starts from random weights")
+    freeze_enc: bool = option(False, "keep the encoder fixed, in eval mode")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How it is trained."""
+
+    num_epoch: int = option(200, "epochs, and the length of the cosine schedule")
+    max_epoch: int = option(130, "earliest epoch after which training may stop early (at most num_epoch)")
+    patient: int = option(20, "epochs without improvement before training stops early")
+    early_stopping: bool = option(True, "stop early; --no_early_stopping trains all epochs")
+    batch_size: int = option(1, "bags per process and step")
+    accumulation_steps: int = option(1, "batches whose gradients make one update")
+    p_batch_size: int = option(512, "patches per encoder call in training")
+    loss: str | None = option(None, "default: ce, or nll_surv for survival", ("ce", "nll_surv"))
+    main_alpha: float | None = option(None, "weight of the bag loss; default: the MIL head's own, else 1")
+    aux_alpha: float | None = option(None, "weight of the head's auxiliary loss; default: the MIL head's own, else 0")
+    opt: str = option("adam", "optimiser", ("adam", "adamw"))
+    lr: float = option(2e-4, "learning rate")
+    weight_decay: float = option(1e-5, "weight decay of every parameter")
+    lr_sche: str = option("cosine", "schedule per epoch; step: x 0.2 at half time", ("cosine", "step", "const"))
+    warmup_epochs: int = option(0, "linear warm-up inside the schedule")
+    warmup_lr: float = option(1e-6, "learning rate of the first warm-up epoch")
+    clip_grad: float | None = option(None, "largest gradient norm; default: no clipping")
+    amp: bool = option(False, "mixed precision")
+    amp_dtype: str = option("auto", "auto: bf16 where the device has it, else fp16", ("auto", "bf16", "fp16"))
+    mm: float = option(0.9997, "decay of the exponential moving average (EMA) of the weights")
+    sync_bn: bool = option(False, "batch statistics over all processes")
+    channels_last: bool = option(False, "channels-last memory format of the encoder")
+    torchcompile: bool = option(False, "compile the encoder")
+    drop_last: bool = option(True, "drop the last incomplete training batch")
+    seed: int = option(2021, "base seed")
+    determ: bool = option(True, "deterministic cuDNN kernels; --no_determ lets cuDNN choose the fastest")
+    deter_algo: bool = option(False, "deterministic algorithms in all of torch (slower)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """How it is validated and tested."""
+
+    test_type: str = option("main", "weights that are evaluated", ("main", "ema", "both", "both_ema"))
+    p_batch_size_v: int = option(2048, "patches per encoder call in evaluation")
+    best_metric: str | None = option(
+        None, "metric that chooses the epoch; default: auc for two classes, accuracy_macro for more, c_index for survival"
+    )
+    best_metric_index: int = option(-1, "the published way to choose it: -1 default, 0 auc or c_index, 1 accuracy_macro, ...")
+    num_bootstrap: int = option(1000, "bootstrap resamples of the test predictions")
+    always_test: bool = option(False, "also evaluate the test set every epoch (never used for selection)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where it runs and what it leaves behind."""
+
+    output_path: str = option("results", "results go to output_path/project/title")
+    project: str = option("default", "folder inside output_path")
+    title: str = option("default", "folder inside project")
+    script_mode: str = option("all", "train and test, or one of them", ("all", "test", "no_test"))
+    log_iter: int = option(100, "steps between two lines of the log")
+    save_iter: int = option(-1, "keep a checkpoint every n epochs; -1: only best and last")
+    wandb: bool = option(False, "also log to Weights & Biases")
+    device: str = option("auto", "auto: CUDA when there is one", ("auto", "cpu", "cuda"))
+
+
+GROUPS: dict[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "run": RunConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All options of a run. Built once by ``utils.options.parse``; nobody assigns to it."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> Config:
+        """Builds the groups from one flat mapping of option names to typed values."""
+        groups = {}
+        for group, kind in GROUPS.items():
+            names = {f.name for f in dataclasses.fields(kind)}
+            groups[group] = kind(**{k: v for k, v in values.items() if k in names})
+        return cls(**groups)
+
+    def flat(self) -> dict[str, Any]:
+        """One flat mapping of option names to values, as a YAML file would hold it."""
+        return {k: v for group in GROUPS for k, v in dataclasses.asdict(getattr(self, group)).items()}

@@ -1,0 +1,56 @@
+"""Errors that users read: a sentence with the object, the value, the limit and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A fault in what the user gave (an option, a file, a label).
+
+    Programs print the message without a traceback and exit with status 2.
+    """
+
+
+class Faults:
+    """Collects faults so that all of them are reported at once.
+
+    >>> faults = Faults("labels.csv")
+    >>> faults.add("row 3: label 'tumour' is not one of normal, tumor")
+    >>> faults.raise_if_any()
+    Traceback (most recent call last):
+        ...
+    utils.errors.UserError: labels.csv: 1 fault
+      row 3: label 'tumour' is not one of normal, tumor
+    """
+
+    def __init__(self, subject: str, most: int = 20) -> None:
+        self.subject = subject
+        self.most = most
+        self.messages: list[str] = []
+
+    def add(self, message: str) -> None:
+        self.messages.append(message)
+
+    def raise_if_any(self) -> None:
+        """Raises one UserError that lists every fault (the first ``most`` in full, then a count)."""
+        if not self.messages:
+            return
+        count = len(self.messages)
+        lines = [f"{self.subject}: {count} fault{'s' if count > 1 else ''}"]
+        lines += [f"  {message}" for message in self.messages[: self.most]]
+        if count > self.most:
+            lines.append(f"  ... and {count - self.most} more")
+        raise UserError("\n".join(lines))
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The known names most like ``name``, best first; empty when nothing is close."""
+    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence to append to an 'unknown name' error, or the empty string."""
+    close = nearest(name, known)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
