@@ -1,0 +1,211 @@
+"""From YAML files and a command line to one frozen Config; every fault reported at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from utils.config import GROUPS, Config
+from utils.errors import Faults, did_you_mean
+
+ALWAYS_DONE = {
+    "load_gpu_later": "evaluation always moves patches to the device chunk by chunk",
+    "prefetch": "batches are always prepared ahead",
+    "prefetch_test": "batches are always prepared ahead",
+    "ddp_broad_buf": "buffers are averaged by SyncBN or kept per process; nothing is broadcast",
+    "log": "checkpoints are always written and the best one is always tested",
+    "amp_unscale": "the gradient scaler is used with fp16 only",
+}
+"""Published options that ask for what this program does anyway: accepted, with a note in the log."""
+
+REFUSED = {
+    "epoch_start": "a run continues from its own checkpoint; remove the option",
+    "lr_supi": "the schedule advances per epoch; remove the option",
+    "da_act": "the published program never read it; remove it",
+    "rrt_pool": "the published program never read it; remove it",
+    "model_path": "the published program never read it; give --enc_init for encoder weights",
+    "da_gated": "the published program never read it; choose --model=gabmil or e2e_<encoder>_gabmil",
+    "model_ema": "it never worked; give --test_type=ema, both or both_ema, and the decay with --mm",
+    "bin_metric": "two-class metrics use the softmax probability of class 1; remove the option",
+    "load_gpu_later_train": "training bags move to the device as uint8; lower --p_batch_size to save memory",
+    "same_psize_ratio": "it never took effect; remove it",
+    "bootstrap_mode": "the test predictions are resampled; --num_bootstrap=0 turns it off",
+    "wandb_watch": "gradient histograms are not logged; remove the option",
+}
+"""Published options that are dead or broken: refused with what to use instead."""
+
+_TRUE = {"true", "1", "yes", "on"}
+_FALSE = {"false", "0", "no", "off"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One option: its group, type, default, help and choices, read off the dataclass."""
+
+    name: str
+    group: str
+    kind: type
+    optional: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...]
+
+
+def _fields() -> dict[str, Field]:
+    table = {}
+    for group, cls in GROUPS.items():
+        hints = typing.get_type_hints(cls)
+        for f in dataclasses.fields(cls):
+            hint = hints[f.name]
+            optional = isinstance(hint, types.UnionType)
+            kind = next(t for t in typing.get_args(hint) if t is not type(None)) if optional else hint
+            choices = f.metadata["choices"]
+            table[f.name] = Field(f.name, group, kind, optional, f.default, f.metadata["help"], choices)
+    return table
+
+
+FIELDS = _fields()
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """Reads the options of a run.
+
+    Args:
+        argv: the command line without the program's name, for example ``["-c", "a.yaml,b.yaml", "--lr=1e-4"]``.
+
+    Returns:
+        The configuration and notes that belong into the log.
+
+    Raises:
+        UserError: naming every unknown option, wrong value and missing file at once.
+    """
+    namespace, unknown = build_parser().parse_known_args(list(argv))
+    faults = Faults("options")
+    notes: list[str] = []
+    values: dict[str, Any] = {}
+    for path in (namespace.config or "").split(","):
+        if path:
+            layer = _read_yaml(Path(path), faults)
+            values.update(_typed(layer, path, faults, notes))
+    for word in unknown:
+        _explain_unknown(word, faults)
+    given = {k: v for k, v in vars(namespace).items() if k != "config"}
+    values.update(_typed(given, "command line", faults, notes))
+    faults.raise_if_any()
+    return Config.from_flat(values), notes
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser behind ``--help``; values stay text here and are converted in one place."""
+    parser = argparse.ArgumentParser(
+        prog="main.py",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Train and test a slide-level model. Subcommands: check. See also --list.",
+    )
+    parser.add_argument("-c", "--config", default=None, help="YAML files, comma separated; later ones override")
+    for group, cls in GROUPS.items():
+        section = parser.add_argument_group(group, (cls.__doc__ or "").strip())
+        for f in (f for f in FIELDS.values() if f.group == group):
+            text = f"{f.help} (default: {f.default})".replace("%", "%%")
+            if f.kind is bool:
+                section.add_argument(f"--{f.name}", nargs="?", const="true", metavar="BOOL", help=text)
+                section.add_argument(f"--no_{f.name}", nargs="?", const="true", help=argparse.SUPPRESS)
+            else:
+                metavar = "|".join(f.choices) if f.choices else f.kind.__name__.upper()
+                section.add_argument(f"--{f.name}", metavar=metavar, help=text)
+    for name in (*ALWAYS_DONE, *REFUSED):
+        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+        parser.add_argument(f"--no_{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _read_yaml(path: Path, faults: Faults) -> dict[str, Any]:
+    if not path.is_file():
+        faults.add(f"-c {path}: there is no such file")
+        return {}
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        faults.add(f"-c {path}: not valid YAML: {error}")
+        return {}
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        faults.add(f"-c {path}: expected 'name: value' lines, found a {type(content).__name__}")
+        return {}
+    return content
+
+
+def _typed(layer: dict[str, Any], source: str, faults: Faults, notes: list[str]) -> dict[str, Any]:
+    """Converts one layer of options; records unknown names and wrong values in ``faults``."""
+    values: dict[str, Any] = {}
+    for key, raw in layer.items():
+        bare = key[3:] if key.startswith("no_") and key not in FIELDS else key
+        if bare in ALWAYS_DONE:
+            notes.append(f"{source}: {key} is accepted and changes nothing: {ALWAYS_DONE[bare]}.")
+        elif bare in REFUSED:
+            faults.add(f"{source}: {key}: {REFUSED[bare]}.")
+        elif bare not in FIELDS or (bare != key and FIELDS[bare].kind is not bool):
+            faults.add(f"{source}: there is no option {key!r}.{did_you_mean(key, _known())}")
+        else:
+            values.update(_convert(FIELDS[bare], raw, f"{source}: {key}", bare != key, faults))
+    return values
+
+
+def _convert(f: Field, raw: Any, where: str, negated: bool, faults: Faults) -> dict[str, Any]:
+    if raw is None or (isinstance(raw, str) and raw.lower() in ("none", "null") and "none" not in f.choices):
+        if f.optional:
+            return {f.name: None}
+        faults.add(f"{where}: a value is needed ({f.help})")
+        return {}
+    try:
+        value = _cast(f.kind, raw)
+    except ValueError:
+        faults.add(f"{where}: {raw!r} is not {_expected(f.kind)} ({f.help})")
+        return {}
+    if f.choices and value not in f.choices:
+        faults.add(f"{where}: {value!r} is not one of {', '.join(f.choices)}.{did_you_mean(value, f.choices)}")
+        return {}
+    return {f.name: not value if negated else value}
+
+
+def _cast(kind: type, raw: Any) -> Any:
+    """``raw`` as ``kind``; raises ValueError rather than lose information (2.5 is no int, 'x' no bool)."""
+    if kind is bool:
+        word = str(raw).lower()
+        if word in _TRUE or word in _FALSE:
+            return word in _TRUE
+        raise ValueError
+    if isinstance(raw, (dict, list)):
+        raise ValueError
+    if kind is int:
+        number = float(raw)
+        if number != int(number):
+            raise ValueError
+        return int(number)
+    return float(raw) if kind is float else str(raw)
+
+
+def _expected(kind: type) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def _explain_unknown(word: str, faults: Faults) -> None:
+    name = word.split("=")[0].lstrip("-")
+    if word.startswith("-"):
+        close = did_you_mean(name, _known())
+        faults.add(f"command line: there is no option {word.split('=')[0]!r}.{close}")
+    else:
+        faults.add(f"command line: {word!r} is no option; options start with --.")
+
+
+def _known() -> list[str]:
+    return [*FIELDS, *(f"no_{f.name}" for f in FIELDS.values() if f.kind is bool)]
