@@ -1,0 +1,106 @@
+"""The table of MIL heads: every name that ``--model`` accepts behind ``e2e_<encoder>_`` or alone.
+
+A head is ``head(x, mask=None, *, pos=None) -> logits``: x (B, N, D) or (N, D), mask (B, N) True where there is
+a patch, pos (B, N, 2) grid columns and rows. What a head may have besides:
+
+* ``attention(x, mask=None, pos=None)``: weights (B, heads, N) that sum to 1 over the patches.
+* ``loss_weights`` (main, auxiliary) and ``forward_with_aux(x, mask, target, criterion) -> (logits, aux)``: the
+  training loss is main * criterion(logits, target) + auxiliary * aux.
+
+Builders import their module when they are called, so that one head's fault cannot stop another.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from modules.layers import StemOptions
+from modules.registry import mils, register_mil
+from utils.config import ModelConfig
+from utils.errors import UserError
+
+
+def build_mil(name: str, input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    """The head registered under ``name``; raises UnknownNameError, or UserError for options it cannot take."""
+    if input_dim < 1 or n_classes < 1:
+        raise UserError(f"{name}: input_dim {input_dim} and n_classes {n_classes} must both be at least 1")
+    return mils.get(name).build(input_dim, n_classes, options)
+
+
+def stem_options(options: ModelConfig) -> StemOptions:
+    """The input projection that the options describe; ``mil_norm`` 'none' means None."""
+    return StemOptions(
+        inner_dim=options.inner_dim,
+        act=options.act,
+        dropout=options.dropout,
+        norm=None if options.mil_norm == "none" else options.mil_norm,
+        bias=options.mil_bias,
+    )
+
+
+@register_mil("abmil", "attention pooling (Ilse 2018)")
+def abmil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.abmil import ABMIL
+
+    return ABMIL(input_dim, n_classes, stem_options(options))
+
+
+@register_mil("gabmil", "gated attention pooling, hidden width 384 (Ilse 2018)")
+def gabmil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.abmil import ABMIL
+
+    return ABMIL(input_dim, n_classes, stem_options(options), hidden=384, gated=True)
+
+
+@register_mil("abmilx", "multi-head attention pooling with attention plus (Tang 2025)")
+def abmilx(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.abmilx import DAttentionX
+
+    return DAttentionX(
+        input_dim,
+        n_classes,
+        dropout=options.dropout,
+        act=options.act,
+        mil_norm=stem_options(options).norm,
+        mil_bias=options.mil_bias,
+        inner_dim=options.inner_dim,
+        n_heads=options.n_heads,
+        D=options.abx_D,
+        attn_bias=options.abx_attn_bias,
+        attn_plus=options.abx_attn_plus,
+        ffn=options.ffn,
+        sdpa_type=options.sdpa_type,
+        pad_v=options.abx_pad_v,
+        attn_plus_embed_new=options.abx_attn_plus_embed_new,
+        alpha_init=_alpha_init(options.abx_alpha_init),
+    )
+
+
+def _alpha_init(text: str) -> float | str:
+    if text == "normal":
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise UserError(f"--abx_alpha_init={text} is neither a number nor 'normal'") from error
+
+
+@register_mil("meanmil", "mean of patch logits")
+def meanmil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.pooling import InstancePooling
+
+    return InstancePooling(input_dim, n_classes, stem_options(options), maximum=False)
+
+
+@register_mil("maxmil", "maximum of patch logits")
+def maxmil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.pooling import InstancePooling
+
+    return InstancePooling(input_dim, n_classes, stem_options(options), maximum=True)
+
+
+@register_mil("meanP", "mean of features and one linear layer")
+def mean_p(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.pooling import FeatureMean
+
+    return FeatureMean(input_dim, n_classes, stem_options(options))
