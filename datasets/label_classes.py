@@ -1,0 +1,134 @@
+"""Class names, their order, and the class of each row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from datasets.label_options import CLASS_NAMES, LabelOptions
+from datasets.label_table import Row, Table, rows_text
+from utils.errors import Faults, did_you_mean
+
+_INTEGER = re.compile(r"[+-]?\d+(\.0+)?")
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Names in the order of the model's outputs, and the sentence on where they come from.
+
+    ``by_number`` tells that the csv holds the positions 0 .. n - 1 instead of the names.
+    """
+
+    names: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    by_number: bool = False
+
+    def index(self, label: str) -> int | None:
+        """Position of a label cell, or None if it is outside the classes."""
+        if not self.by_number:
+            return self.names.index(label) if label in self.names else None
+        value = _integer(label)
+        return value if value is not None and 0 <= value < len(self.names) else None
+
+
+def find_classes(tables: Sequence[Table], options: LabelOptions, faults: Faults) -> Classes:
+    """The classes by ``classes``, else by the task key, else by what the csv holds.
+
+    A label outside the classes and a number of classes that does not fit become faults.
+    """
+    labels = sorted({row.label for table in tables for row in table.rows if row.label})
+    classes = _choose(labels, options, faults)
+    for table in tables:
+        _check_labels(table, classes, faults)
+    return classes
+
+
+def _choose(labels: list[str], options: LabelOptions, faults: Faults) -> Classes:
+    if options.classes:
+        return _given(labels, options, faults)
+    if options.published_key:
+        return _published(options.published_key, options)
+    numbers = [_integer(label) for label in labels]
+    integers = [number for number in numbers if number is not None]
+    if options.key.startswith("bio") or (options.n_classes and len(integers) == len(labels)):
+        count = options.n_classes or max(integers, default=0) + 1
+        return _numbered(
+            count, f"the datasets key {options.datasets!r} and n_classes" if options.n_classes else "the csv"
+        )
+    return _inferred(labels, options, faults)
+
+
+def _given(labels: list[str], options: LabelOptions, faults: Faults) -> Classes:
+    names = options.classes
+    if options.n_classes not in (None, len(names)):
+        faults.add(
+            f"classes names {len(names)} ({', '.join(names)}), but n_classes is {options.n_classes}. "
+            "Leave --n_classes out or make them agree."
+        )
+    positions = {str(i) for i in range(len(names))}
+    by_number = (
+        bool(labels) and not set(labels) & set(names) and {_plain(label) for label in labels} <= positions
+    )
+    notes = [f"Classes as given by --classes: {_listing(names)}."]
+    if by_number:
+        notes.append("The csv holds class numbers; --classes names them in that order.")
+    return Classes(names, tuple(notes), by_number)
+
+
+def _published(key: str, options: LabelOptions) -> Classes:
+    names = CLASS_NAMES[key]
+    notes = [f"Classes of the published task {key!r}: {_listing(names)}."]
+    if options.n_classes not in (None, len(names)):
+        notes.append(f"n_classes {options.n_classes} is not used: {key!r} has {len(names)} classes.")
+    return Classes(names, tuple(notes), by_number=key == "panda")
+
+
+def _numbered(count: int, source: str) -> Classes:
+    names = tuple(str(i) for i in range(count))
+    return Classes(names, (f"Classes by number, from {source}: 0 to {count - 1}.",), by_number=True)
+
+
+def _inferred(labels: list[str], options: LabelOptions, faults: Faults) -> Classes:
+    if all(_integer(label) is not None for label in labels):
+        labels = sorted(labels, key=lambda label: (_integer(label), label))
+    names = tuple(labels)
+    if options.n_classes not in (None, len(names)):
+        faults.add(
+            f"the csv holds {len(names)} classes ({', '.join(names[:10])}), but n_classes is {options.n_classes}. "
+            "Leave --n_classes out, or name the classes in order with --classes."
+        )
+    return Classes(
+        names, (f"Classes inferred from the csv, sorted: {_listing(names)}. --classes sets another order.",)
+    )
+
+
+def _check_labels(table: Table, classes: Classes, faults: Faults) -> None:
+    outside: dict[str, list[Row]] = {}
+    for row in table.rows:
+        if classes.index(row.label or "") is None:
+            outside.setdefault(row.label or "", []).append(row)
+    for label, rows in outside.items():
+        where = f"{table.name} {rows_text(row.number for row in rows)}"
+        if not label:
+            faults.add(f"{where}: the label is empty. Fill it in or remove the row.")
+            continue
+        allowed = f"0 to {len(classes.names) - 1}" if classes.by_number else ", ".join(classes.names)
+        faults.add(
+            f"{where}: label {label!r} is outside the classes ({allowed}).{did_you_mean(label, classes.names)} "
+            "Correct the csv, or name the classes in order with --classes."
+        )
+
+
+def _integer(label: str) -> int | None:
+    """The integer that a cell holds, also as spreadsheets write it (2.0)."""
+    return int(float(label)) if _INTEGER.fullmatch(label) else None
+
+
+def _plain(label: str) -> str:
+    value = _integer(label)
+    return label if value is None else str(value)
+
+
+def _listing(names: Sequence[str]) -> str:
+    return ", ".join(f"{i} = {name}" for i, name in enumerate(names))

@@ -1,0 +1,89 @@
+"""Which column of a label csv means what: the accepted forms."""
+
+from __future__ import annotations
+
+FORMS_CLASSIFICATION = (
+    "case,slide,label,fold (four columns, by position), ID,Label,Split (any further columns), "
+    "ID,Label (two columns, by position), or named columns slide and label with case and fold as wanted"
+)
+FORMS_SURVIVAL = (
+    "ID,Event,Status with Label, Split and WSI as wanted (Event is the time, Status 1 = event, 0 = censored), "
+    "or named columns case, slide, time, event, fold"
+)
+NAMES: dict[str, tuple[str, ...]] = {
+    "id": ("id", "slide", "slide_id", "slide_name", "image", "image_id"),
+    "case": ("case", "case_id", "patient", "patient_id", "block", "group"),
+    "label": ("label",),
+    "split": ("split", "fold"),
+    "time": ("time", "survival_months", "months"),
+    "event": ("status", "event"),
+    "wsi": ("wsi",),
+}
+"""Role of a column to the names it goes by, whatever their case."""
+
+SPLIT_WORDS = ("train", "val", "test")
+
+
+def find_columns(header: list[str], survival: bool) -> dict[str, int] | str:
+    """Maps roles (id, case, label, split, time, event, wsi) to positions in the header.
+
+    Args:
+        header: names in the first line.
+        survival: whether time and event are needed.
+
+    Returns:
+        The mapping, or a sentence saying what is missing and which forms are accepted.
+    """
+    named = _by_name(header)
+    if survival:
+        return _survival(header, named)
+    if {"ID", "Label", "Split"} <= set(header):
+        return named | {
+            "id": header.index("ID"),
+            "label": header.index("Label"),
+            "split": header.index("Split"),
+        }
+    if len(header) == 2 and not {"id", "label"} <= set(named):
+        return {"id": 0, "label": 1}
+    if len(header) == 4 and not {"id", "case", "label", "split"} <= set(named):
+        return {"case": 0, "id": 1, "label": 2, "split": 3}
+    if {"id", "label"} <= set(named):
+        return named
+    return f"the columns {', '.join(header)} are not understood. Accepted forms: {FORMS_CLASSIFICATION}."
+
+
+def _by_name(header: list[str]) -> dict[str, int]:
+    lower = [name.lower() for name in header]
+    found = {}
+    for role, names in NAMES.items():
+        position = next((lower.index(name) for name in names if name in lower), None)
+        if position is not None:
+            found[role] = position
+    return found
+
+
+def _survival(header: list[str], named: dict[str, int]) -> dict[str, int] | str:
+    """The published files call the time Event; beside a column called time, event is the status."""
+    roles = dict(named)
+    if "time" not in roles and "event" in roles:
+        lower = [name.lower() for name in header]
+        if "event" in lower and "status" in lower:
+            roles["time"] = lower.index("event")
+            roles["event"] = lower.index("status")
+    if "id" not in roles and "case" in roles:
+        roles["id"] = roles["case"]
+    missing = [
+        name
+        for role, name in (
+            ("id", "ID"),
+            ("time", "Event (the time)"),
+            ("event", "Status (1 = event, 0 = censored)"),
+        )
+        if role not in roles
+    ]
+    if missing:
+        return (
+            f"survival needs the column{'s' * (len(missing) > 1)} {', '.join(missing)}; the csv has "
+            f"{', '.join(header)}. Accepted forms: {FORMS_SURVIVAL}."
+        )
+    return roles

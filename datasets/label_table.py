@@ -1,0 +1,231 @@
+"""Reads one label csv into typed rows; every fault is collected with its row number.
+
+Row numbers are those of a spreadsheet: the header is row 1. All cells stay text, so that "007" remains "007".
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.label_columns import SPLIT_WORDS, find_columns
+from utils.errors import Faults
+
+_TCGA_CASE = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|C3[LN]-\d{5})(?=$|[-.])")
+MOST_ROWS = 5
+"""Row numbers named per kind of fault; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a label csv.
+
+    Attributes:
+        number: row number, the header being row 1.
+        id, case: the slide (or patient) that the row labels, and the patient.
+        label: text of the label cell, None without such a column.
+        split: "train", "val" or "test", None without such a column.
+        time: survival time in the csv's unit, None for classification.
+        event: 1 if the event happened, 0 if censored, None for classification.
+        wsi: slide names of the row's own list (the published WSI column), often empty.
+    """
+
+    number: int
+    id: str
+    case: str
+    label: str | None = None
+    split: str | None = None
+    time: float | None = None
+    event: int | None = None
+    wsi: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of one csv and what its header offered."""
+
+    name: str
+    rows: tuple[Row, ...]
+    columns: frozenset[str]
+    notes: tuple[str, ...] = ()
+
+
+def patient_of(name: str) -> str | None:
+    """The patient in a TCGA or CPTAC barcode (TCGA-XX-XXXX..., C3L-00000...), else None."""
+    match = _TCGA_CASE.match(name)
+    return match.group(1) if match else None
+
+
+def rows_text(numbers: Iterable[int]) -> str:
+    """'row 3', 'rows 3, 9' or 'rows 3, 9, ... (12 rows)'.
+
+    >>> rows_text([3, 9])
+    'rows 3, 9'
+    """
+    numbers = sorted(numbers)
+    if len(numbers) == 1:
+        return f"row {numbers[0]}"
+    shown = ", ".join(str(n) for n in numbers[:MOST_ROWS])
+    return f"rows {shown}" + (f", ... ({len(numbers)} rows)" if len(numbers) > MOST_ROWS else "")
+
+
+def read_table(path: Path, survival: bool, faults: Faults) -> Table:
+    """Reads a label csv; what is wrong with it goes into ``faults`` and the row is left out.
+
+    Args:
+        path: comma-separated text, UTF-8 with or without byte order mark, any line ending.
+        survival: whether times and events are needed.
+        faults: collects the sentences.
+    """
+    lines = _read_lines(path, faults)
+    empty = Table(path.name, (), frozenset())
+    if not lines:
+        return empty
+    header = [name.strip() for name in lines[0][1]]
+    columns = _columns(path.name, header, survival, faults)
+    if columns is None:
+        return empty
+    body = []
+    for number, cells in lines[1:]:
+        if len(cells) != len(header):
+            faults.add(f"{path.name} row {number}: {len(cells)} cells, but the header has {len(header)}.")
+        else:
+            body.append((number, [cell.strip() for cell in cells]))
+    if not body:
+        faults.add(f"{path.name}: no row under the header. Add one row per slide.")
+    rows = _Parser(path.name, columns, faults).parse(body)
+    return Table(path.name, rows, frozenset(columns), _notes(path.name, columns, rows))
+
+
+def _read_lines(path: Path, faults: Faults) -> list[tuple[int, list[str]]]:
+    """Rows that are not empty, with their numbers."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            lines = [(i, cells) for i, cells in enumerate(csv.reader(stream), start=1) if any(cells)]
+    except FileNotFoundError:
+        faults.add(f"{path} does not exist. Give --csv_path, a label csv or a folder of fold_<k>.csv.")
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        faults.add(f"{path} cannot be read as csv ({error}). Save it as comma-separated UTF-8 text.")
+    else:
+        if not lines:
+            faults.add(f"{path} is empty. It needs a header line and one row per slide.")
+        return lines
+    return []
+
+
+def _columns(name: str, header: list[str], survival: bool, faults: Faults) -> dict[str, int] | None:
+    separator = next((s for s in (";", "\t") if len(header) == 1 and s in header[0]), None)
+    if separator:
+        faults.add(f"{name} is separated by {separator!r}. Save it with commas.")
+        return None
+    twice = [column for column, count in Counter(h for h in header if h).items() if count > 1]
+    if twice:
+        faults.add(f"{name}: the header names {', '.join(twice)} more than once. Rename or remove one.")
+        return None
+    columns = find_columns(header, survival)
+    if isinstance(columns, str):
+        faults.add(f"{name}: {columns}")
+        return None
+    if "split" in columns and header[columns["split"]].lower() in SPLIT_WORDS:
+        faults.add(
+            f"{name}: row 1 looks like data ({', '.join(header)}). Add a header line, such as case,slide,label,fold."
+        )
+        return None
+    return columns
+
+
+def _notes(name: str, columns: dict[str, int], rows: tuple[Row, ...]) -> tuple[str, ...]:
+    if "case" in columns or columns.keys() & {"time"}:
+        return ()
+    barcodes = sum(patient_of(row.id) is not None for row in rows)
+    if barcodes == len(rows):
+        return (f"{name} has no case column: the patient is taken from the barcode (TCGA-XX-XXXX).",)
+    return (
+        f"{name} has no case column: every ID counts as a patient of its own"
+        + (f", except {barcodes} barcodes, where it is TCGA-XX-XXXX" if barcodes else "")
+        + ". Slides of one patient may then land on both sides of a split; add a case column to prevent it.",
+    )
+
+
+class _Parser:
+    """Cells to rows; faults of one kind are gathered so that each gives one sentence."""
+
+    def __init__(self, name: str, columns: dict[str, int], faults: Faults) -> None:
+        self.name = name
+        self.columns = columns
+        self.faults = faults
+        self.found: dict[str, list[int]] = {}
+
+    def parse(self, body: list[tuple[int, list[str]]]) -> tuple[Row, ...]:
+        rows = [row for number, cells in body if (row := self._row(number, cells)) is not None]
+        for sentence, numbers in self.found.items():
+            self.faults.add(f"{self.name} {rows_text(numbers)}: {sentence}")
+        return tuple(rows)
+
+    def _bad(self, number: int, sentence: str) -> None:
+        self.found.setdefault(sentence, []).append(number)
+
+    def _cell(self, role: str, cells: list[str]) -> str | None:
+        return cells[self.columns[role]] if role in self.columns else None
+
+    def _row(self, number: int, cells: list[str]) -> Row | None:
+        name = self._cell("id", cells) or ""
+        case = self._cell("case", cells)
+        if not name or case == "":
+            self._bad(number, f"the {'case' if name else 'slide ID'} is empty. Fill it in or remove the row.")
+            return None
+        wsi = (part.strip() for part in (self._cell("wsi", cells) or "").split(";"))
+        timed = "time" in self.columns
+        return Row(
+            number=number,
+            id=name,
+            case=case or patient_of(name) or name,
+            label=self._cell("label", cells),
+            split=self._split(number, cells),
+            time=self._time(number, cells) if timed else None,
+            event=self._event(number, cells) if timed else None,
+            wsi=tuple(part for part in wsi if part),
+        )
+
+    def _split(self, number: int, cells: list[str]) -> str | None:
+        word = self._cell("split", cells)
+        if word is not None and word.lower() not in SPLIT_WORDS:
+            self._bad(
+                number, f"split {word!r} is not one of train, val, test. Write one of them or remove the row."
+            )
+        return None if word is None else word.lower()
+
+    def _time(self, number: int, cells: list[str]) -> float:
+        text = self._cell("time", cells) or ""
+        value = _number(text)
+        if value is None or value < 0:
+            what = "missing" if not text else f"{text!r}, not a number of 0 or more"
+            self._bad(
+                number, f"the survival time is {what}. Give the time, in months, say, or remove the row."
+            )
+            return 0.0
+        return value
+
+    def _event(self, number: int, cells: list[str]) -> int:
+        text = self._cell("event", cells) or ""
+        value = _number(text)
+        if value not in (0.0, 1.0):
+            self._bad(
+                number,
+                f"the status is {text!r}. Write 1 where the event happened and 0 where it is censored.",
+            )
+            return 0
+        return int(value)
+
+
+def _number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None

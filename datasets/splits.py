@@ -1,0 +1,183 @@
+"""Divides rows into train, validation and test: from the csv's split column, at random, or in k folds.
+
+Random divisions keep a patient's rows together and spread every stratum (class, or event in survival) evenly. They are a
+function of the rows' order in the csv and the seed, and use Python's own generator, whose sequence does not change
+between versions.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from datasets.label_options import LabelOptions
+from datasets.label_table import Row, Table, rows_text
+from utils.errors import Faults
+
+MOST_PATIENTS = 10
+"""Patients named in a leakage fault; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one fold. ``val`` is ``test`` where ``selection`` is "test"."""
+
+    train: tuple[Row, ...]
+    val: tuple[Row, ...]
+    test: tuple[Row, ...]
+    selection: str
+    notes: tuple[str, ...] = field(default=())
+
+    def own(self) -> dict[str, tuple[Row, ...]]:
+        """Split name to rows, validation only where it is a set of its own."""
+        own = {"train": self.train, "val": self.val, "test": self.test}
+        return own if self.selection == "val" else {"train": self.train, "test": self.test}
+
+
+def partition(
+    groups: Sequence[str], strata: Sequence[object], shares: Sequence[float], seed: int
+) -> list[int]:
+    """Assigns every row to a part; rows of a group stay together and strata are spread by the shares.
+
+    Greedy: groups in random order, large ones first, each to the part that lacks most rows of the group's strata. For
+    groups of one row every part then holds its share of each stratum to within one row.
+
+    Args:
+        groups: group (patient) of each row.
+        strata: stratum (class or event) of each row.
+        shares: wanted share of each part; they add up to 1.
+        seed: seed of the order.
+
+    Returns:
+        The part of each row.
+    """
+    members: dict[str, Counter[object]] = {}
+    for group, stratum in zip(groups, strata, strict=True):
+        members.setdefault(group, Counter())[stratum] += 1
+    order = list(members)
+    random.Random(seed).shuffle(order)
+    order.sort(key=lambda group: -sum(members[group].values()))
+    totals = Counter(strata)
+    lacks = [{stratum: share * count for stratum, count in totals.items()} for share in shares]
+    part_of = {}
+    for group in order:
+        needs = [
+            (
+                round(sum(n * lack[s] for s, n in members[group].items()), 9),
+                round(sum(lack.values()), 9),
+                -part,
+            )
+            for part, lack in enumerate(lacks)
+        ]
+        part = -max(needs)[2]
+        part_of[group] = part
+        for stratum, count in members[group].items():
+            lacks[part][stratum] -= count
+    return [part_of[group] for group in groups]
+
+
+def stratum_of(row: Row) -> object:
+    """What a random division spreads evenly: the event in survival, else the label."""
+    return row.event if row.time is not None else row.label
+
+
+def kfold(table: Table, options: LabelOptions, fold: int, faults: Faults) -> SplitRows:
+    """Fold ``fold`` of ``cv_fold``: its part is the test set, ``val_ratio`` of the others is the validation set."""
+    patients = len({row.case for row in table.rows})
+    if patients < options.cv_fold:
+        faults.add(
+            f"{table.name}: {patients} patients cannot make {options.cv_fold} folds. Lower --cv_fold to {patients} at most."
+        )
+        return SplitRows((), (), (), "test")
+    parts = _divide(table.rows, [1 / options.cv_fold] * options.cv_fold, options.seed)
+    test = tuple(parts[fold])
+    tested = {row.number for row in test}
+    rest = tuple(row for row in table.rows if row.number not in tested)
+    notes: list[str] = []
+    if "split" in table.columns:
+        notes.append(
+            f"{table.name}: its split column is not used, because cv_fold is {options.cv_fold} and folds are cut anew. "
+            "Use --cv_fold=1 (or --random_fold) for the csv's own split."
+        )
+    if not options.val_ratio:
+        return _on_test(rest, test, "val_ratio is 0", notes)
+    train, val = _divide(rest, [1 - options.val_ratio, options.val_ratio], options.fold_seed(fold))
+    if options.val2test:
+        return _on_test(tuple(train), test + tuple(val), "val2test was given", notes)
+    return SplitRows(tuple(train), tuple(val), test, "val", tuple(notes))
+
+
+def own_split(table: Table, options: LabelOptions, fold: int, faults: Faults) -> SplitRows:
+    """The csv's split column; without one a random ``val_ratio`` share of the rows is the test set."""
+    if "split" not in table.columns:
+        return _random_test(table, options, fold, faults)
+    parts: dict[str | None, list[Row]] = {"train": [], "val": [], "test": []}
+    for row in table.rows:
+        parts.setdefault(row.split, []).append(row)
+    train, val, test = (tuple(parts[name]) for name in ("train", "val", "test"))
+    if options.val2test:
+        return _on_test(train, test + val, "val2test was given" if val else "the csv has no val rows", [])
+    if not val:
+        return _on_test(train, test, "the csv has no val rows", [])
+    if options.val_ratio == 0:
+        unused = f"{table.name}: its {len(val)} val rows are not used, because val_ratio is 0."
+        return _on_test(train, test, "val_ratio is 0", [unused])
+    return SplitRows(train, val, test, "val")
+
+
+def _random_test(table: Table, options: LabelOptions, fold: int, faults: Faults) -> SplitRows:
+    if not options.val_ratio:
+        faults.add(
+            f"{table.name} has no split column. Add one (train, val, test), give the share of the test set with "
+            "--val_ratio=0.2, or cut folds with --cv_fold=5."
+        )
+        return SplitRows((), (), (), "test")
+    train, test = _divide(table.rows, [1 - options.val_ratio, options.val_ratio], options.fold_seed(fold))
+    drawn = f"{table.name}: a random {options.val_ratio:g} of the rows is the test set (seed {options.fold_seed(fold)})."
+    return _on_test(tuple(train), tuple(test), "a csv without a split column gives no val rows", [drawn])
+
+
+def _divide(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[list[Row]]:
+    placed = partition([row.case for row in rows], [stratum_of(row) for row in rows], shares, seed)
+    parts: list[list[Row]] = [[] for _ in shares]
+    for row, part in zip(rows, placed, strict=True):
+        parts[part].append(row)
+    return parts
+
+
+def _on_test(train: tuple[Row, ...], test: tuple[Row, ...], reason: str, notes: list[str]) -> SplitRows:
+    said = (
+        f"Validation equals test ({reason}): the epoch is chosen on the test set, so test results are optimistic. "
+        "A set of its own comes from val rows in the csv or from --val_ratio with folds."
+    )
+    return SplitRows(train, test, test, "test", (*notes, said))
+
+
+def check_split(name: str, rows: SplitRows, faults: Faults) -> None:
+    """Faults for an empty training or test set and for patients on both sides of a split."""
+    for split, members in (("train", rows.train), ("test", rows.test)):
+        if not members:
+            remedy = (
+                " Mark rows as test, or let --val2test use the val rows."
+                if split == "test"
+                else " Mark rows as train."
+            )
+            faults.add(f"{name}: the {split} set is empty.{remedy}")
+    sides: dict[str, dict[str, list[int]]] = {}
+    for split, members in rows.own().items():
+        for row in members:
+            sides.setdefault(row.case, {}).setdefault(split, []).append(row.number)
+    leaks = {case: found for case, found in sides.items() if len(found) > 1}
+    if leaks:
+        shown = "; ".join(_leak_text(case, found) for case, found in list(leaks.items())[:MOST_PATIENTS])
+        more = f"; and {len(leaks) - MOST_PATIENTS} more" if len(leaks) > MOST_PATIENTS else ""
+        faults.add(
+            f"{name}: {len(leaks)} patient{'s are' if len(leaks) > 1 else ' is'} on both sides of a split: {shown}{more}. "
+            "Move all rows of a patient to one split."
+        )
+
+
+def _leak_text(case: str, found: dict[str, list[int]]) -> str:
+    return f"{case} ({', '.join(f'{split} {rows_text(numbers)}' for split, numbers in found.items())})"
