@@ -1,0 +1,332 @@
+"""Writing a store: readable after every finished slide, continued after a kill, growing as needed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import pickle
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.store import layout, safe_pickle
+from datasets.store.layout import SlideInfo, StoreHeader
+from utils.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # not on Windows; there LMDB files cannot be opened twice for writing anyway
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+START_MAP_BYTES = 64 << 20
+# One transaction per 32 MB (some 2,500 patches of 256 px): memory stays bounded on slides of any size, and
+# the cost of the flush to disk is spread over many patches.
+FLUSH_BYTES = 32 << 20
+# The published key list costs about 30 bytes per patch of the whole store, so it is rewritten after every
+# slide only while the store is small, then each time the store has grown by a quarter, and when the writer
+# closes: linear in all.
+SMALL_KEY_LIST = 50_000
+KEY_LIST_GROWTH = 1.25
+
+
+class StoreWriter:
+    """Writes slides into one LMDB file.
+
+    After every finished slide the file is a valid store. A run that is killed loses the slides in work; the
+    next writer removes what was left of them. Several slides may be in work at once (``add`` and ``finish``);
+    ``put_slide`` does one in one go. Use as a context manager: leaving it completes the key list.
+
+    Args:
+        path: the LMDB file; made if absent, continued if it was made with an equal header.
+        header: how the patches are made.
+        map_bytes: first size of the memory map (address space, not disk); doubled whenever it is full.
+
+    Raises:
+        UserError: the file is in use by another writer, was made with another header or by another program,
+            or the disk is full (finished slides stay intact).
+    """
+
+    def __init__(self, path: str | Path, header: StoreHeader, map_bytes: int = START_MAP_BYTES) -> None:
+        self.path = Path(path)
+        self.header = header
+        self.finished: dict[str, SlideInfo] = {}
+        self._counts: dict[str, int] = {}
+        self._in_work: dict[str, int] = {}
+        self._written: dict[str, int] = {}
+        self._buffer: list[tuple[bytes, bytes]] = []
+        self._buffer_bytes = 0
+        self._listed = 0
+        self._failed = False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _take_lock(self.path)
+        try:
+            self._env = self._open(map_bytes)
+            self._begin(header)
+        except BaseException:
+            self._lock.close()
+            raise
+
+    def _open(self, map_bytes: int) -> Any:
+        size = max(map_bytes, 2 * self.path.stat().st_size)
+        try:
+            # Exclusion is by our own lock, so no <name>-lock file is left beside the store.
+            return lmdb.open(
+                str(self.path), subdir=False, map_size=size, lock=False, readahead=False, meminit=False
+            )
+        except lmdb.Error as error:
+            raise UserError(
+                f"{self.path}: cannot be opened for writing: {error}. Close its readers in this program, "
+                "or give another name if it is not an LMDB file."
+            ) from error
+
+    def _begin(self, header: StoreHeader) -> None:
+        with self._env.begin() as txn:
+            known, old, left = txn.stat()["entries"], txn.get(layout.HEADER), txn.get(layout.PENDING)
+            if known and old is None:
+                raise UserError(
+                    f"{self.path}: exists and was not written by this program (it has no header). "
+                    "Give another name."
+                )
+            if old is not None:
+                self._continue(txn, layout.load_header(old))
+        if old is None:
+            self._commit(lambda txn: self._put_new(txn, header))
+        for slide, count in json.loads(left or b"{}").items():
+            log.info("%s: removing what a stopped run left of slide %s", self.path, slide)
+            self._in_work[slide] = int(count)
+            self.discard(slide)
+        if self._listed != sum(self._counts.values()):
+            self._commit(self._put_keys)
+
+    def _continue(self, txn: Any, old: StoreHeader) -> None:
+        differences = old.differences(self.header)
+        if differences:
+            raise UserError(
+                f"{self.path}: was made with other settings ({'; '.join(differences)}). "
+                "Give another name, or the settings it was made with."
+            )
+        counts = safe_pickle.load_counts(txn.get(layout.COUNTS))
+        self._counts = {slide: counts[slide] for slide in safe_pickle.load_names(txn.get(layout.SLIDES))}
+        for slide, count in self._counts.items():
+            info = txn.get(layout.info_key(slide))
+            self.finished[slide] = layout.load_info(info) if info else SlideInfo(count=count)
+        listed = txn.get(layout.LISTED)
+        self._listed = int(listed) if listed else -1
+
+    def _put_new(self, txn: Any, header: StoreHeader) -> None:
+        txn.put(layout.HEADER, layout.dump_record(header))
+        self._put_metadata(txn)
+        self._put_keys(txn)
+
+    def _put_metadata(self, txn: Any) -> None:
+        total = sum(self._counts.values())
+        txn.put(layout.COUNTS, pickle.dumps(self._counts, protocol=4))
+        txn.put(layout.SLIDES, pickle.dumps(list(self._counts), protocol=4))
+        txn.put(layout.LEN, pickle.dumps(total, protocol=4))
+        if total <= SMALL_KEY_LIST or total >= KEY_LIST_GROWTH * self._listed:
+            self._put_keys(txn)
+
+    def _put_keys(self, txn: Any) -> None:
+        total = sum(self._counts.values())
+        txn.put(layout.KEYS, layout.pickle_keys(self._counts.items()))
+        txn.put(layout.LISTED, b"%d" % total)
+        self._listed = total
+
+    def _put_pending(self, txn: Any) -> None:
+        txn.put(layout.PENDING, json.dumps(self._in_work).encode())
+
+    def _commit(self, work: Callable[[Any], None]) -> None:
+        """Runs ``work`` in one transaction, all of it or nothing; doubles the map when it is full."""
+        while True:
+            try:
+                with self._env.begin(write=True) as txn:
+                    work(txn)
+                return
+            except lmdb.MapFullError:
+                size = 2 * self._env.info()["map_size"]
+                log.debug("%s: growing the map to %d MB", self.path, size >> 20)
+                self._env.set_mapsize(size)
+            except (lmdb.Error, OSError) as error:
+                self._failed = True
+                raise UserError(
+                    f"{self.path}: writing failed ({error}). Is the disk or the quota full? The "
+                    f"{len(self.finished)} finished slides are intact; make room and run the same "
+                    "command again to continue."
+                ) from error
+
+    def put_slide(
+        self,
+        slide: str,
+        jpegs: Iterable[bytes],
+        coords: NDArray[np.int64] | None = None,
+        info: SlideInfo | None = None,
+    ) -> None:
+        """Writes a slide, atomically: it is listed when all of it is written. A slide of the same name is
+        replaced.
+
+        Args:
+            slide: name, without extension.
+            jpegs: the patches in order; may be a generator.
+            coords: (N, 2) level-0 px of the upper left corners (x, y).
+            info: what to record about the slide; its ``count`` is filled in.
+        """
+        self.remove(slide)
+        try:
+            for index, jpeg in enumerate(jpegs):
+                self.add(slide, index, [jpeg])
+            self.finish(slide, coords, info)
+        except BaseException:
+            if not self._failed:
+                self.discard(slide)
+            raise
+
+    def add(self, slide: str, start: int, jpegs: Iterable[bytes]) -> None:
+        """Adds patches ``start``, ``start + 1``, ... of a slide in work; each once, blocks in any order."""
+        if slide in self._counts:
+            raise UserError(f"{self.path}: slide {slide!r} is finished; remove it before writing it again.")
+        if slide not in self._in_work:
+            layout.check_name(slide)
+            self._in_work[slide] = self._written[slide] = 0
+        end = start
+        for index, jpeg in enumerate(jpegs, start):
+            end = index + 1
+            value = safe_pickle.pack_bytes(jpeg)
+            self._buffer.append((layout.patch_key(slide, index), value))
+            self._buffer_bytes += len(value)
+            self._written[slide] += 1
+        self._in_work[slide] = max(self._in_work[slide], end)
+        if self._buffer_bytes >= FLUSH_BYTES:
+            self._commit(self._put_buffer)
+            self._empty_buffer()
+
+    def _put_buffer(self, txn: Any) -> None:
+        for key, value in self._buffer:
+            txn.put(key, value)
+        self._put_pending(txn)
+
+    def _empty_buffer(self) -> None:
+        self._buffer, self._buffer_bytes = [], 0
+
+    def finish(
+        self, slide: str, coords: NDArray[np.int64] | None = None, info: SlideInfo | None = None
+    ) -> None:
+        """Lists a slide whose patches were all added: one transaction, after which readers see it."""
+        count = self._in_work.get(slide, 0)
+        written = self._written.get(slide, 0)
+        if written != count or (coords is not None and len(coords) != count):
+            wanted = count if coords is None else len(coords)
+            raise UserError(
+                f"{self.path}: slide {slide!r} has {written} of {wanted} patches; it cannot be finished."
+            )
+        layout.check_name(slide)
+        record = SlideInfo(**{**(info or SlideInfo()).__dict__, "count": count})
+        before = dict(self._counts), dict(self._in_work), self._listed
+        self._counts[slide] = count
+        self._in_work.pop(slide, None)
+
+        def work(txn: Any) -> None:
+            self._put_buffer(txn)
+            txn.put(layout.info_key(slide), layout.dump_record(record))
+            if coords is not None:
+                txn.put(layout.coords_key(slide), np.ascontiguousarray(coords, dtype="<i8").tobytes())
+            self._put_metadata(txn)
+
+        try:
+            self._commit(work)
+        except UserError:
+            self._counts, self._in_work, self._listed = before
+            raise
+        self._empty_buffer()
+        self._written.pop(slide, None)
+        self.finished[slide] = record
+
+    def discard(self, slide: str) -> None:
+        """Drops a slide in work: what was written of it is deleted."""
+        count = self._in_work.pop(slide, None)
+        self._written.pop(slide, None)
+        if count is None:
+            return
+        stems = {layout.patch_key(slide, index) for index in range(count)}
+        kept = [(key, value) for key, value in self._buffer if key not in stems]
+        self._buffer, self._buffer_bytes = kept, sum(len(value) for _, value in kept)
+
+        def work(txn: Any) -> None:
+            for key in stems:
+                txn.delete(key)
+            self._put_pending(txn)
+
+        self._commit(work)
+
+    def remove(self, slide: str) -> None:
+        """Removes a slide, finished or in work; does nothing where there is none."""
+        self.discard(slide)
+        count = self._counts.pop(slide, None)
+        if count is None:
+            return
+        self.finished.pop(slide, None)
+        # Unlisted in the same transaction as it becomes pending, so that a kill between the two steps leaves
+        # no orphan.
+        self._in_work[slide] = count
+
+        def work(txn: Any) -> None:
+            txn.delete(layout.info_key(slide))
+            txn.delete(layout.coords_key(slide))
+            self._put_metadata(txn)
+            self._put_pending(txn)
+
+        self._commit(work)
+        self.discard(slide)
+
+    def close(self) -> None:
+        """Completes the key list and releases the file; slides in work are dropped."""
+        try:
+            if not self._failed:
+                for slide in list(self._in_work):
+                    self.discard(slide)
+                if self._listed != sum(self._counts.values()):
+                    self._commit(self._put_keys)
+        finally:
+            self._env.close()
+            self._lock.close()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+            return
+        # The error under way says more than one from closing after it.
+        with contextlib.suppress(UserError):
+            self.close()
+
+
+def _take_lock(path: Path) -> IO[bytes]:
+    """Opens the file and holds it for one writer; the lock ends with the process, even a killed one."""
+    try:
+        handle = open(path, "ab")  # noqa: SIM115 - held until close()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}.") from error
+    if fcntl is not None:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.close()
+            raise UserError(
+                f"{path}: another process is writing to it. Wait for it, or give another name."
+            ) from error
+        except OSError as error:
+            log.warning(
+                "%s: the file system has no locks (%s); let only one process write here", path, error.strerror
+            )
+    return handle
