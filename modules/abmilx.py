@@ -274,8 +274,8 @@ class DAttentionX(nn.Module):
 
         Args:
             x: (B, N, C), or one bag (N, C).
-            mask: (B, N) bool (or (N,)), True where there is an instance; None: everywhere. A masked bag computes
-                what the bag cut to its instances computes. A bag without any instance gives NaN.
+            mask: (B, N) bool (or (N,)), True where there is an instance; None: everywhere. A masked bag
+                computes what the bag cut to its instances computes. A bag without any instance gives NaN.
             pos: positions, which this model does not use.
             return_attn: also return the attention (B, m, N), which sums to one over N.
             return_act: also return the projected instances (B, N, E).
@@ -346,8 +346,8 @@ class DAttentionX(nn.Module):
         """Takes the shape of a checkpoint's FFN before loading it.
 
         The published FFN loses its norm whenever ``mil_norm`` is set, and keeps its biases under
-        ``mil_bias=False``. Ours does neither, but weights trained that way must compute what they computed: where
-        the checkpoint has an FFN, this module gets the norm and the biases that the checkpoint has.
+        ``mil_bias=False``. Ours does neither, but weights trained that way must compute what they computed:
+        where the checkpoint has an FFN, this module gets the norm and the biases that the checkpoint has.
         """
         if self.mlp is not None and f"{prefix}mlp.fc1.weight" in state_dict:
             self._shape_ffn(
