@@ -58,6 +58,6 @@ def _check_targets(rows: Sequence[Labelled], level: str, where: str, faults: Fau
     for name, members in found.items():
         if any(member.target != members[0].target for member in members):
             faults.add(
-                f"{where}: {what} {name!r} has different targets in {rows_text(m.row.number for m in members)}. "
-                f"Correct the csv{remedy}."
+                f"{where}: {what} {name!r} has different targets in "
+                f"{rows_text(m.row.number for m in members)}. Correct the csv{remedy}."
             )

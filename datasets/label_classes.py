@@ -95,8 +95,8 @@ def _inferred(labels: list[str], options: LabelOptions, faults: Faults) -> Class
     names = tuple(labels)
     if options.n_classes not in (None, len(names)):
         faults.add(
-            f"the csv holds {len(names)} classes ({', '.join(names[:10])}), but n_classes is {options.n_classes}. "
-            "Leave --n_classes out, or name the classes in order with --classes."
+            f"the csv holds {len(names)} classes ({', '.join(names[:10])}), but n_classes is "
+            f"{options.n_classes}. Leave --n_classes out, or name the classes in order with --classes."
         )
     return Classes(
         names, (f"Classes inferred from the csv, sorted: {_listing(names)}. --classes sets another order.",)
@@ -115,8 +115,9 @@ def _check_labels(table: Table, classes: Classes, faults: Faults) -> None:
             continue
         allowed = f"0 to {len(classes.names) - 1}" if classes.by_number else ", ".join(classes.names)
         faults.add(
-            f"{where}: label {label!r} is outside the classes ({allowed}).{did_you_mean(label, classes.names)} "
-            "Correct the csv, or name the classes in order with --classes."
+            f"{where}: label {label!r} is outside the classes ({allowed})."
+            f"{did_you_mean(label, classes.names)} Correct the csv, or name the classes in order with "
+            "--classes."
         )
 
 

@@ -7,8 +7,8 @@ FORMS_CLASSIFICATION = (
     "ID,Label (two columns, by position), or named columns slide and label with case and fold as wanted"
 )
 FORMS_SURVIVAL = (
-    "ID,Event,Status with Label, Split and WSI as wanted (Event is the time, Status 1 = event, 0 = censored), "
-    "or named columns case, slide, time, event, fold"
+    "ID,Event,Status with Label, Split and WSI as wanted (Event is the time, Status 1 = event, "
+    "0 = censored), or named columns case, slide, time, event, fold"
 )
 NAMES: dict[str, tuple[str, ...]] = {
     "id": ("id", "slide", "slide_id", "slide_name", "image", "image_id"),
@@ -67,9 +67,10 @@ def _survival(header: list[str], named: dict[str, int]) -> dict[str, int] | str:
     roles = dict(named)
     if "time" not in roles and "event" in roles:
         lower = [name.lower() for name in header]
-        if "event" in lower and "status" in lower:
-            roles["time"] = lower.index("event")
-            roles["event"] = lower.index("status")
+        published = {"time": "event", "event": "status"}
+        roles |= {role: lower.index(name) for role, name in published.items() if name in lower}
+        if "status" not in lower:
+            del roles["event"]
     if "id" not in roles and "case" in roles:
         roles["id"] = roles["case"]
     missing = [

@@ -1,9 +1,9 @@
 """Finds the store's slides of every label row: exact names first, never by substring.
 
-1. The ID, or else each name in the row's WSI list, is a slide's name, exactly or once a file extension (.svs, .pt, ...) is
-   removed from either.
-2. An ID that is a TCGA or CPTAC barcode (TCGA-XX-XXXX and longer, C3L-00000) owns the slides whose name goes on with '-'
-   or '.' behind it.
+1. The ID, or else each name in the row's WSI list, is a slide's name, exactly or once a file extension (.svs,
+   .pt, ...) is removed from either.
+2. An ID that is a TCGA or CPTAC barcode (TCGA-XX-XXXX and longer, C3L-00000) owns the slides whose name goes
+   on with '-' or '.' behind it.
 
 A name that fits several slides, and a slide that fits the IDs of several patients, are faults.
 """
@@ -13,13 +13,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 
 from datasets.label_table import Row, patient_of
-from utils.errors import Faults, nearest
+from utils.errors import Faults
 
 EXTENSIONS = (
-    ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi", ".isyntax",
-    ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pt", ".h5", ".npy", ".npz",
+    ".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm", ".czi",
+    ".isyntax", ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".pt", ".h5", ".npy", ".npz",
 )  # fmt: skip
 """Endings of slide and feature files that do not belong to a slide's name."""
 
@@ -101,12 +102,13 @@ class Matcher:
         fits = self.by_stem.get(stem(name), [])
         if len(fits) > 1:
             faults.add(
-                f"{table} row {row.number}: {name!r} fits {len(fits)} slides of the store ({', '.join(fits[:3])}). "
-                "Write the slide's full name."
+                f"{table} row {row.number}: {name!r} fits {len(fits)} slides of the store "
+                f"({', '.join(fits[:3])}). Write the slide's full name."
             )
         return fits[0] if fits else None
 
     def _of_barcode(self, name: str) -> tuple[str, ...]:
+        name = stem(name)
         if patient_of(name) is None:
             return ()
         start = bisect_left(self.names, name)
@@ -121,25 +123,25 @@ class Matcher:
     def _check_claims(self, table: str, rows: Iterable[Row], matches: Matches, faults: Faults) -> None:
         claims: dict[str, Row] = {}
         for row in rows:
-            for slide in matches.slides[row.number]:
+            for slide in matches.slides[row.number] or (row.id,):
                 first = claims.setdefault(slide, row)
                 if first.case != row.case:
                     faults.add(
-                        f"{table}: slide {slide!r} belongs to patient {first.case!r} by row {first.number} and to "
-                        f"{row.case!r} by row {row.number}. Give each slide one patient."
+                        f"{table}: slide {slide!r} belongs to patient {first.case!r} by row {first.number} "
+                        f"and to {row.case!r} by row {row.number}. Give each slide one patient."
                     )
                 elif first.id != row.id:
                     faults.add(
-                        f"{table}: slide {slide!r} is meant by {first.id!r} (row {first.number}) and by {row.id!r} "
-                        f"(row {row.number}). Name each slide once."
+                        f"{table}: slide {slide!r} is meant by {first.id!r} (row {first.number}) and by "
+                        f"{row.id!r} (row {row.number}). Name each slide once."
                     )
 
     def near(self, name: str) -> list[str]:
-        """Up to three slides whose names resemble ``name``: same but for case, zeros or a longer end, else by spelling."""
+        """Up to three slides of a like name: but for case, zeros in front or a longer end, else by spelling."""
         plain = stem(name).lower().lstrip("0")
         alike = [n for n in self.names if stem(n).lower().lstrip("0") == plain]
         starts = [n for n in self.names if n.startswith(stem(name)) or (len(n) > 3 and name.startswith(n))]
-        return list(dict.fromkeys(alike + starts))[:3] or nearest(name, self.names)
+        return list(dict.fromkeys(alike + starts))[:3] or get_close_matches(name, self.names, n=3, cutoff=0.8)
 
 
 def _rule_notes(table: str, rules: dict[str, int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a cohort looks like, for people (the split card) and for records (fingerprint, description, split csv)."""
+"""What a cohort looks like: the split card for people; fingerprint, description and split csv for records."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from datasets.label_types import Cohort, Fold, Sample
 from utils.files import write_text
 
+if TYPE_CHECKING:
+    from datasets.label_types import Cohort, Fold, Sample
 
-def card(cohort: Cohort, fold: Fold, counts: Mapping[str, int] | None = None) -> str:
+
+def split_card(cohort: Cohort, fold: Fold, counts: Mapping[str, int] | None = None) -> str:
     """A table with one line per split: patients, slides, patches, bags, classes or events, missing slides."""
     header = ["split", "patients", "slides", *(["patches"] if counts is not None else []), "bags"]
     header += ["events", "censored"] if cohort.task == "survival" else []
@@ -78,8 +80,9 @@ def describe(cohort: Cohort) -> dict[str, Any]:
     """The labels as ``results.json`` records them.
 
     Returns:
-        task, classes (in output order), fingerprint, notes, and per fold: index, seed, selection, bin edges, fingerprint
-        and, for each split, its numbers of patients, slides and bags, its classes or events, and what is missing.
+        task, classes (in output order), fingerprint, notes, and per fold: index, seed, selection, whether
+        validation equals test, bin edges, fingerprint and, for each split, its numbers of patients, slides
+        and bags, its classes or events, and what is missing.
     """
     return {
         "task": cohort.task,
@@ -102,6 +105,7 @@ def _describe_fold(cohort: Cohort, fold: Fold) -> dict[str, Any]:
         "index": fold.index,
         "seed": fold.seed,
         "selection": fold.selection,
+        "validation_equals_test": fold.selection == "test",
         "bin_edges": None if fold.bin_edges is None else list(fold.bin_edges),
         "fingerprint": fold_fingerprint(fold),
         "splits": splits,

@@ -106,7 +106,11 @@ def _read_lines(path: Path, faults: Faults) -> list[tuple[int, list[str]]]:
     """Rows that are not empty, with their numbers."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            lines = [(i, cells) for i, cells in enumerate(csv.reader(stream), start=1) if any(cells)]
+            lines = [
+                (i, cells)
+                for i, cells in enumerate(csv.reader(stream), start=1)
+                if any(map(str.strip, cells))
+            ]
     except FileNotFoundError:
         faults.add(f"{path} does not exist. Give --csv_path, a label csv or a folder of fold_<k>.csv.")
     except (UnicodeDecodeError, csv.Error, OSError) as error:
@@ -133,7 +137,8 @@ def _columns(name: str, header: list[str], survival: bool, faults: Faults) -> di
         return None
     if "split" in columns and header[columns["split"]].lower() in SPLIT_WORDS:
         faults.add(
-            f"{name}: row 1 looks like data ({', '.join(header)}). Add a header line, such as case,slide,label,fold."
+            f"{name}: row 1 looks like data ({', '.join(header)}). "
+            "Add a header line, such as case,slide,label,fold."
         )
         return None
     return columns

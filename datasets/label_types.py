@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from datasets.label_report import split_card
+
 TaskName = Literal["classification", "survival"]
 SPLITS = ("train", "val", "test")
 
@@ -15,11 +17,12 @@ class Sample:
     """One bag with its target.
 
     Attributes:
-        id: name of the bag: the slide's name in the store, or the patient where a bag holds all of a patient's
-            slides. A row that the csv repeats (oversampling) gives repeated samples, so ids may repeat.
+        id: name of the bag: the slide's name in the store, or the patient where a bag holds all of the
+            patient's slides. A row that the csv repeats (oversampling) gives repeated samples, so ids may
+            repeat.
         case: the patient; what splits are grouped by.
         slides: names in the store, at least one.
-        target: ``{"label": class}``, or ``{"label": bin, "time": as in the csv, "event": 1 or 0 (censored)}``.
+        target: ``{"label": class}``, or ``{"label": bin, "time": in the csv's unit, "event": 1 or 0}``.
     """
 
     id: str
@@ -64,7 +67,8 @@ class Cohort:
         task: what is learnt.
         class_names: names of the classes in the order of the model's outputs; for survival, of the bins.
         folds: the folds to run.
-        bin_edges: inner edges of the survival bins where all folds share them, else None (see ``Fold.bin_edges``).
+        bin_edges: inner edges of the survival bins where all folds share them, else None
+            (``Fold.bin_edges``).
         notes: sentences that belong into the log and the results: drops, guesses, validation equal to test.
     """
 
@@ -86,6 +90,4 @@ class Cohort:
             fold: one of ``folds``.
             counts: slide name to its number of patches; without it the card says nothing about patches.
         """
-        from datasets.label_report import card
-
-        return card(self, fold, counts)
+        return split_card(self, fold, counts)

@@ -1,8 +1,8 @@
 """Divides rows into train, validation and test: from the csv's split column, at random, or in k folds.
 
-Random divisions keep a patient's rows together and spread every stratum (class, or event in survival) evenly. They are a
-function of the rows' order in the csv and the seed, and use Python's own generator, whose sequence does not change
-between versions.
+Random divisions keep a patient's rows together and spread every stratum (class, or event in survival) evenly.
+They are a function of the rows' order in the csv and the seed, and use Python's own generator, whose sequence
+does not change between versions.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from datasets.label_options import LabelOptions
 from datasets.label_table import Row, Table, rows_text
@@ -22,13 +22,14 @@ MOST_PATIENTS = 10
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of one fold. ``val`` is ``test`` where ``selection`` is "test"."""
+    """The rows of one fold; ``val`` is ``test`` where ``selection`` is "test", ``divided`` False after a fault."""
 
     train: tuple[Row, ...]
     val: tuple[Row, ...]
     test: tuple[Row, ...]
     selection: str
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+    divided: bool = True
 
     def own(self) -> dict[str, tuple[Row, ...]]:
         """Split name to rows, validation only where it is a set of its own."""
@@ -41,8 +42,8 @@ def partition(
 ) -> list[int]:
     """Assigns every row to a part; rows of a group stay together and strata are spread by the shares.
 
-    Greedy: groups in random order, large ones first, each to the part that lacks most rows of the group's strata. For
-    groups of one row every part then holds its share of each stratum to within one row.
+    Greedy: groups in random order, large ones first, each to the part that lacks most rows of the group's
+    strata. For groups of one row every part then holds its share of each stratum to within one row.
 
     Args:
         groups: group (patient) of each row.
@@ -84,13 +85,14 @@ def stratum_of(row: Row) -> object:
 
 
 def kfold(table: Table, options: LabelOptions, fold: int, faults: Faults) -> SplitRows:
-    """Fold ``fold`` of ``cv_fold``: its part is the test set, ``val_ratio`` of the others is the validation set."""
+    """Fold ``fold`` of ``cv_fold``: its part is the test set, ``val_ratio`` of the others validation."""
     patients = len({row.case for row in table.rows})
     if patients < options.cv_fold:
         faults.add(
-            f"{table.name}: {patients} patients cannot make {options.cv_fold} folds. Lower --cv_fold to {patients} at most."
+            f"{table.name}: {patients} patients cannot make {options.cv_fold} folds. "
+            f"Lower --cv_fold to {patients} at most."
         )
-        return SplitRows((), (), (), "test")
+        return SplitRows((), (), (), "test", divided=False)
     parts = _divide(table.rows, [1 / options.cv_fold] * options.cv_fold, options.seed)
     test = tuple(parts[fold])
     tested = {row.number for row in test}
@@ -98,15 +100,30 @@ def kfold(table: Table, options: LabelOptions, fold: int, faults: Faults) -> Spl
     notes: list[str] = []
     if "split" in table.columns:
         notes.append(
-            f"{table.name}: its split column is not used, because cv_fold is {options.cv_fold} and folds are cut anew. "
-            "Use --cv_fold=1 (or --random_fold) for the csv's own split."
+            f"{table.name}: its split column is not used, because cv_fold is {options.cv_fold} and folds "
+            "are cut anew. Use --cv_fold=1 (or --random_fold) for the csv's own split."
         )
+    notes += _rare(table, options.cv_fold)
     if not options.val_ratio:
-        return _on_test(rest, test, "val_ratio is 0", notes)
+        return _on_test(rest, test, "folds without --val_ratio", notes)
     train, val = _divide(rest, [1 - options.val_ratio, options.val_ratio], options.fold_seed(fold))
     if options.val2test:
         return _on_test(tuple(train), test + tuple(val), "val2test was given", notes)
     return SplitRows(tuple(train), tuple(val), test, "val", tuple(notes))
+
+
+def _rare(table: Table, folds: int) -> list[str]:
+    """A note on strata with fewer patients than there are folds."""
+    patients: dict[object, set[str]] = {}
+    for row in table.rows:
+        patients.setdefault(stratum_of(row), set()).add(row.case)
+    kind = "events" if table.rows[0].time is not None else "label"
+    return [
+        f"{table.name}: {kind} {stratum!r} has {len(cases)} patients for {folds} folds; some test sets lack "
+        "it."
+        for stratum, cases in patients.items()
+        if len(cases) < folds
+    ]
 
 
 def own_split(table: Table, options: LabelOptions, fold: int, faults: Faults) -> SplitRows:
@@ -130,12 +147,13 @@ def own_split(table: Table, options: LabelOptions, fold: int, faults: Faults) ->
 def _random_test(table: Table, options: LabelOptions, fold: int, faults: Faults) -> SplitRows:
     if not options.val_ratio:
         faults.add(
-            f"{table.name} has no split column. Add one (train, val, test), give the share of the test set with "
-            "--val_ratio=0.2, or cut folds with --cv_fold=5."
+            f"{table.name} has no split column. Add one (train, val, test), give the share of the test set "
+            "with --val_ratio=0.2, or cut folds with --cv_fold=5."
         )
-        return SplitRows((), (), (), "test")
+        return SplitRows((), (), (), "test", divided=False)
     train, test = _divide(table.rows, [1 - options.val_ratio, options.val_ratio], options.fold_seed(fold))
-    drawn = f"{table.name}: a random {options.val_ratio:g} of the rows is the test set (seed {options.fold_seed(fold)})."
+    seed = options.fold_seed(fold)
+    drawn = f"{table.name}: a random {options.val_ratio:g} of the rows is the test set (seed {seed})."
     return _on_test(tuple(train), tuple(test), "a csv without a split column gives no val rows", [drawn])
 
 
@@ -149,22 +167,22 @@ def _divide(rows: Sequence[Row], shares: Sequence[float], seed: int) -> list[lis
 
 def _on_test(train: tuple[Row, ...], test: tuple[Row, ...], reason: str, notes: list[str]) -> SplitRows:
     said = (
-        f"Validation equals test ({reason}): the epoch is chosen on the test set, so test results are optimistic. "
-        "A set of its own comes from val rows in the csv or from --val_ratio with folds."
+        f"Validation equals test ({reason}): the epoch is chosen on the test set, so test results are "
+        "optimistic. A set of its own comes from val rows in the csv or from --val_ratio with folds."
     )
     return SplitRows(train, test, test, "test", (*notes, said))
 
 
 def check_split(name: str, rows: SplitRows, faults: Faults) -> None:
-    """Faults for an empty training or test set and for patients on both sides of a split."""
-    for split, members in (("train", rows.train), ("test", rows.test)):
+    """Faults for an empty set and for patients on both sides of a split."""
+    remedies = {
+        "train": "Mark rows as train.",
+        "val": "Raise --val_ratio.",
+        "test": "Mark rows as test, or let --val2test use the val rows.",
+    }
+    for split, members in rows.own().items():
         if not members:
-            remedy = (
-                " Mark rows as test, or let --val2test use the val rows."
-                if split == "test"
-                else " Mark rows as train."
-            )
-            faults.add(f"{name}: the {split} set is empty.{remedy}")
+            faults.add(f"{name}: the {split} set is empty. {remedies[split]}")
     sides: dict[str, dict[str, list[int]]] = {}
     for split, members in rows.own().items():
         for row in members:
@@ -174,8 +192,8 @@ def check_split(name: str, rows: SplitRows, faults: Faults) -> None:
         shown = "; ".join(_leak_text(case, found) for case, found in list(leaks.items())[:MOST_PATIENTS])
         more = f"; and {len(leaks) - MOST_PATIENTS} more" if len(leaks) > MOST_PATIENTS else ""
         faults.add(
-            f"{name}: {len(leaks)} patient{'s are' if len(leaks) > 1 else ' is'} on both sides of a split: {shown}{more}. "
-            "Move all rows of a patient to one split."
+            f"{name}: {len(leaks)} patient{'s are' if len(leaks) > 1 else ' is'} on both sides of a split: "
+            f"{shown}{more}. Move all rows of a patient to one split."
         )
 
 

@@ -1,8 +1,8 @@
 """Cuts survival times into the bins of the discrete hazard model.
 
-The edges are the quantiles of the times at which an event happened (quartiles for the paper's 4 bins), bins are closed
-on the left: bin i holds edge[i-1] <= time < edge[i]. The first bin starts at 0 and the last one is open, so a test
-patient who lives longer than any training patient still has a bin.
+The edges are the quantiles of the times at which an event happened (quartiles for the paper's 4 bins), bins
+are closed on the left: bin i holds edge[i-1] <= time < edge[i]. The first bin starts at 0 and the last one is
+open, so a test patient who lives longer than any training patient still has a bin.
 """
 
 from __future__ import annotations
