@@ -1,0 +1,89 @@
+"""Many slides over all cores. A slide that kills its process costs that slide, not the batch."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+J = TypeVar("J")
+R = TypeVar("R")
+
+
+def usable_cpus() -> int:
+    """The cores that this process may use (a job scheduler may grant fewer than there are)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def over_processes(
+    function: Callable[[J], R], jobs: Sequence[J], workers: int
+) -> Iterator[tuple[int, R | None]]:
+    """Yields (index, function(job)) as jobs finish; the result is None where the worker process died.
+
+    With one worker the jobs run in this process. Otherwise processes are spawned, not forked: image libraries hold
+    threads and handles that do not survive a fork. Jobs and results must be picklable.
+    """
+    if workers <= 1 or len(jobs) <= 1:
+        for index, job in enumerate(jobs):
+            yield index, function(job)
+        return
+    waiting = list(range(len(jobs)))[::-1]
+    while waiting:
+        suspects: list[int] = []
+        yield from _until_broken(function, jobs, waiting, (min(workers, len(jobs)), suspects))
+        # A dead process breaks its pool: each slide that was in work then gets a process of its own.
+        for index in suspects:
+            yield index, _alone(function, jobs[index])
+
+
+def _until_broken(
+    function: Callable[[J], R], jobs: Sequence[J], waiting: list[int], pool_state: tuple[int, list[int]]
+) -> Iterator[tuple[int, R | None]]:
+    workers, suspects = pool_state
+    running: dict[Future[R], int] = {}
+    with _pool(workers) as pool:
+        while waiting or running:
+            while waiting and len(running) < workers and not suspects:
+                index = waiting.pop()
+                try:
+                    running[pool.submit(function, jobs[index])] = index
+                except BrokenProcessPool:
+                    suspects.append(index)
+            if not running:
+                return
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                index = running.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    suspects.append(index)
+                else:
+                    yield index, future.result()
+
+
+def _alone(function: Callable[[J], R], job: J) -> R | None:
+    with _pool(1) as pool:
+        try:
+            return pool.submit(function, job).result()
+        except BrokenProcessPool:
+            return None
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(logging.getLogger().level,),
+    )
+
+
+def _start_worker(level: int) -> None:
+    import cv2
+
+    # One slide per core: OpenCV's own threads would only fight over them.
+    cv2.setNumThreads(1)
+    logging.basicConfig(level=level, format="%(levelname)s %(message)s")

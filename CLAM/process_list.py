@@ -1,0 +1,108 @@
+"""process_list_autogen.csv: one row per slide with its parameters, status and reason."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from params import PARAM_NAMES, SlideParams, from_row
+from patching import Outcome
+
+from utils.errors import Faults, UserError
+from utils.files import write_text
+
+FACT_COLUMNS = (
+    "reason",
+    "patches",
+    "contours",
+    "tissue_fraction",
+    "width",
+    "height",
+    "levels",
+    "objective_power",
+    "level0_mpp",
+    "mpp_source",
+    "requested_mpp",
+    "resolved_mpp",
+    "read_level",
+    "read_size_px",
+    "target_patch_size_px",
+    "corrupt_blocks",
+)
+"""Columns of ours, behind the published ones."""
+
+
+@dataclass
+class Row:
+    """One slide of the list. ``todo`` is the published column ``process``."""
+
+    slide_id: str
+    params: SlideParams
+    todo: bool = True
+    status: str = "tbp"
+    facts: dict[str, Any] = field(default_factory=dict)
+    old_area: float | None = None
+
+    def take(self, outcome: Outcome) -> None:
+        """Fills in what happened. A failed slide stays ``process`` 1, so that running the list again retries it."""
+        self.status, self.todo = outcome.status, outcome.failed
+        self.params = outcome.params or self.params
+        self.facts = {**outcome.facts, "reason": outcome.reason}
+        if outcome.params is not None and outcome.params.seg_level >= 0:
+            self.old_area = None
+
+
+def read_process_list(path: Path, base: SlideParams) -> list[Row]:
+    """Reads a list. Missing columns and empty cells take ``base``; an old-format list (column ``a``) is converted.
+
+    Raises:
+        UserError: the file is missing or its rows have faults; all of them are listed.
+    """
+    if not path.is_file():
+        raise UserError(f"--process_list {path}: there is no such file. It is looked up in --save_dir.")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        records = list(csv.DictReader(file))
+    if not records or "slide_id" not in records[0]:
+        raise UserError(f"{path}: needs a header with the column slide_id, and a row per slide.")
+    faults, rows = Faults(str(path)), []
+    for number, record in enumerate(records, start=2):
+        try:
+            rows.append(_row(record, base, f"row {number}"))
+        except (UserError, ValueError) as error:
+            faults.add(f"row {number}: {error}")
+    faults.raise_if_any()
+    return rows
+
+
+def _row(record: dict[str, Any], base: SlideParams, subject: str) -> Row:
+    # The old format knew an area `a` in px of seg_level and nothing of holes; those columns take the defaults.
+    old = record.get("a") not in (None, "")
+    known = ("seg_level", "sthresh", "mthresh", "close", "use_otsu", "use_padding", "keep_ids", "exclude_ids")
+    cells = {k: v for k, v in record.items() if not old or k in known}
+    process = str(record.get("process") or "1").strip()
+    row = Row(str(record["slide_id"]).strip(), from_row(cells, base, subject), todo=float(process) == 1)
+    row.status = str(record.get("status") or "tbp")
+    row.facts = {k: record[k] for k in FACT_COLUMNS if record.get(k) not in (None, "")}
+    row.old_area = float(record["a"]) if old else None
+    return row
+
+
+def write_process_list(path: Path, rows: list[Row]) -> None:
+    """Writes the list, whole or not at all."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["slide_id", "process", "status", *PARAM_NAMES, *FACT_COLUMNS])
+    for row in rows:
+        params = [_cell(getattr(row.params, name)) for name in PARAM_NAMES]
+        facts = [_cell(row.facts.get(name)) for name in FACT_COLUMNS]
+        writer.writerow([row.slide_id, int(row.todo), row.status, *params, *facts])
+    write_text(path, buffer.getvalue())
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,267 @@
+"""Slides behind one small interface: whatever OpenSlide opens, and ordinary images as one-level slides.
+
+    with open_slide("a.svs") as slide:
+        pixels = slide.read_region((x, y), level, (w, h))  # uint8 (h, w, 3), RGB
+
+Locations are level-0 pixels (px), sizes are pixels of the level read. Outside the slide, and where a slide is
+transparent, pixels are black, as OpenSlide's RGBA gives them when alpha is dropped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import openslide
+from PIL import Image, UnidentifiedImageError
+
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Pixels = npt.NDArray[np.uint8]
+
+PLAUSIBLE_MPP = (0.04, 20.0)
+"""Files claim 72 dpi (353 um/px) or 0: outside these um/px the entry is a placeholder and counts as missing."""
+
+MAX_WHOLE_PX = 100_000_000
+"""PNG, JPEG and WebP can only be decoded whole: 3 bytes a pixel, so 300 MB of the 500 MB a worker may use."""
+
+BLOCK_PX = 2048
+"""Edge of the blocks in which a whole level is read: 16 MB of RGBA, a multiple of the usual tile sizes."""
+
+
+class RegionError(UserError):
+    """A region of a readable slide could not be decoded. The slide stays usable for other regions."""
+
+
+class Block(NamedTuple):
+    """A rectangle of a level: its corner and size in px of that level, and its pixels (None: corrupt)."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+    pixels: Pixels | None
+
+
+class Slide:
+    """A slide of one or more levels. Subclasses fill the fields and read regions.
+
+    Pickling keeps the path only: the copy opens the file again, in whichever process it arrives.
+    """
+
+    path: Path
+    name: str
+    level_dimensions: tuple[tuple[int, int], ...]
+    mpp: float | None = None
+    mpp_source: str | None = None
+    objective_power: float | None = None
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.stem
+
+    @property
+    def dimensions(self) -> tuple[int, int]:
+        """(width, height) of level 0 in px."""
+        return self.level_dimensions[0]
+
+    @property
+    def level_downsamples(self) -> tuple[tuple[float, float], ...]:
+        """(W0 / Wl, H0 / Hl) of every level."""
+        width, height = self.dimensions
+        return tuple((width / w, height / h) for w, h in self.level_dimensions)
+
+    def best_level(self, downsample: float) -> int:
+        """The coarsest level that is not coarser than ``downsample``."""
+        means = [(x + y) / 2 for x, y in self.level_downsamples]
+        return max((i for i, mean in enumerate(means) if mean <= downsample), default=0)
+
+    def read_region(self, location_px: tuple[int, int], level: int, size_px: tuple[int, int]) -> Pixels:
+        """The pixels of a region.
+
+        Args:
+            location_px: (x, y) of its corner in level-0 px.
+            level: level to read from.
+            size_px: (width, height) in px of that level.
+
+        Returns:
+            (height, width, 3) uint8, RGB.
+
+        Raises:
+            RegionError: the file is damaged there.
+        """
+        raise TypeError(f"{type(self).__name__} does not read regions.")
+
+    def blocks(self, level: int, edge_px: int = BLOCK_PX) -> Iterator[Block]:
+        """The whole level, block by block; a damaged block comes with ``pixels`` None and a warning."""
+        width, height = self.level_dimensions[level]
+        scale_x, scale_y = self.level_downsamples[level]
+        for y in range(0, height, edge_px):
+            for x in range(0, width, edge_px):
+                w, h = min(edge_px, width - x), min(edge_px, height - y)
+                try:
+                    pixels = self.read_region((round(x * scale_x), round(y * scale_y)), level, (w, h))
+                except RegionError as error:
+                    log.warning("%s", error)
+                    pixels = None
+                yield Block(x, y, w, h, pixels)
+
+    def close(self) -> None:
+        """Releases the file."""
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Callable[[str], Slide], tuple[str]]:
+        return open_slide, (str(self.path),)
+
+
+class OpenSlideSlide(Slide):
+    """A file that OpenSlide opens."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._handle = openslide.OpenSlide(str(path))
+        self.level_dimensions = self._handle.level_dimensions
+        self.mpp, self.mpp_source = openslide_mpp(dict(self._handle.properties))
+        self.objective_power = _positive(self._handle.properties.get("openslide.objective-power"))
+
+    def best_level(self, downsample: float) -> int:
+        return int(self._handle.get_best_level_for_downsample(downsample))
+
+    def read_region(self, location_px: tuple[int, int], level: int, size_px: tuple[int, int]) -> Pixels:
+        x, y = int(location_px[0]), int(location_px[1])
+        try:
+            image = self._handle.read_region((x, y), level, (int(size_px[0]), int(size_px[1])))
+        except openslide.OpenSlideError as error:
+            # OpenSlide refuses everything after an error: only a new handle reads the rest of the slide.
+            self._handle.close()
+            self._handle = openslide.OpenSlide(str(self.path))
+            raise RegionError(_region_message(self.path, (x, y), level, error)) from error
+        return cv2.cvtColor(np.asarray(image), cv2.COLOR_RGBA2RGB)  # type: ignore[return-value]
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+class ImageSlide(Slide):
+    """PNG, JPEG, WebP and other images that Pillow decodes; one level, decoded whole at the first read."""
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        with Image.open(self.path) as image:
+            size = image.size
+        if size[0] * size[1] > MAX_WHOLE_PX:
+            raise UserError(
+                f"{path}: {size[0]} x {size[1]} px, and this format can only be decoded whole; the limit is "
+                f"{MAX_WHOLE_PX / 1e6:.0f} Mpx. Convert it to a tiled TIFF."
+            )
+        self.level_dimensions = (size,)
+        self._pixels: Pixels | None = None
+
+    def read_region(self, location_px: tuple[int, int], level: int, size_px: tuple[int, int]) -> Pixels:
+        if self._pixels is None:
+            self._pixels = self._decode()
+        return crop(self._pixels, location_px, size_px)
+
+    def _decode(self) -> Pixels:
+        try:
+            with Image.open(self.path) as image:
+                if "A" in image.getbands() or "transparency" in image.info:
+                    rgba = np.array(image.convert("RGBA"))
+                    return np.where(rgba[..., 3:] > 0, rgba[..., :3], 0).astype(np.uint8)
+                return np.array(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise RegionError(_region_message(self.path, (0, 0), 0, error)) from error
+
+    def close(self) -> None:
+        self._pixels = None
+
+
+def open_slide(path: str | Path) -> Slide:
+    """Opens a slide or an ordinary image.
+
+    Raises:
+        UserError: the file is missing, damaged, or of a kind that cannot be read; the message names it and the reason.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such file. Check the slide folder and the file extension.")
+    try:
+        return _opened(path)
+    except (
+        openslide.OpenSlideError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        ValueError,
+    ) as error:
+        raise UserError(f"{path}: cannot be opened as a slide or an image: {error}") from error
+
+
+def _opened(path: Path) -> Slide:
+    if openslide.OpenSlide.detect_format(str(path)) is not None:
+        return OpenSlideSlide(path)
+    if is_tiff(path):
+        from flat_tiff import FlatTiffSlide
+
+        return FlatTiffSlide(path)
+    return ImageSlide(path)
+
+
+def is_tiff(path: Path) -> bool:
+    """Whether the file starts as a TIFF or BigTIFF of either byte order."""
+    with path.open("rb") as file:
+        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+
+def crop(pixels: Pixels, location_px: tuple[int, int], size_px: tuple[int, int]) -> Pixels:
+    """The part of an image (H, W, 3) at a location, black where it lies outside the image."""
+    (x, y), (width, height) = location_px, size_px
+    part = pixels[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
+    if part.shape[:2] == (height, width):
+        return np.ascontiguousarray(part)
+    result = np.zeros((height, width, 3), np.uint8)
+    top, left = max(-y, 0), max(-x, 0)
+    if part.size:
+        result[top : top + part.shape[0], left : left + part.shape[1]] = part
+    return result
+
+
+def openslide_mpp(properties: dict[str, str]) -> tuple[float | None, str | None]:
+    """The mean um/px of x and y in OpenSlide's properties and where it stands; None where nothing plausible does."""
+    x, y = (_positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
+    if x and y and _plausible((x + y) / 2):
+        return (x + y) / 2, "openslide.mpp"
+    unit = {"centimeter": 10_000.0, "inch": 25_400.0}.get(properties.get("tiff.ResolutionUnit", ""))
+    resolution = _positive(properties.get("tiff.XResolution"))
+    if unit and resolution and _plausible(unit / resolution):
+        return unit / resolution, "tiff.XResolution"
+    return None, None
+
+
+def _plausible(mpp: float) -> bool:
+    return PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1]
+
+
+def _positive(text: Any) -> float | None:
+    try:
+        value = float(text)
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) and value > 0 else None
+
+
+def _region_message(path: Path, location_px: tuple[int, int], level: int, error: Exception) -> str:
+    return f"{path}: the region at {location_px} (level-0 px), level {level}, cannot be decoded: {error}"
