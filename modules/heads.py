@@ -1,11 +1,11 @@
 """The table of MIL heads: every name that ``--model`` accepts behind ``e2e_<encoder>_`` or alone.
 
-A head is ``head(x, mask=None, *, pos=None) -> logits``: x (B, N, D) or (N, D), mask (B, N) True where there is
-a patch, pos (B, N, 2) grid columns and rows. What a head may have besides:
+A head is ``head(x, mask=None, *, pos=None) -> logits``: x (B, N, D) or (N, D), mask (B, N) True where there
+is a patch, pos (B, N, 2) grid columns and rows. What a head may have besides:
 
 * ``attention(x, mask=None, pos=None)``: weights (B, heads, N) that sum to 1 over the patches.
-* ``loss_weights`` (main, auxiliary) and ``forward_with_aux(x, mask, target, criterion) -> (logits, aux)``: the
-  training loss is main * criterion(logits, target) + auxiliary * aux.
+* ``loss_weights`` (main, auxiliary) and ``forward_with_aux(x, mask, target, criterion) -> (logits, aux)``:
+  the training loss is main * criterion(logits, target) + auxiliary * aux.
 
 Builders import their module when they are called, so that one head's fault cannot stop another.
 """
@@ -21,7 +21,7 @@ from utils.errors import UserError
 
 
 def build_mil(name: str, input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
-    """The head registered under ``name``; raises UnknownNameError, or UserError for options it cannot take."""
+    """The head registered under ``name``; raises UnknownNameError, or UserError for an unfit option."""
     if input_dim < 1 or n_classes < 1:
         raise UserError(f"{name}: input_dim {input_dim} and n_classes {n_classes} must both be at least 1")
     return mils.get(name).build(input_dim, n_classes, options)
@@ -83,6 +83,99 @@ def _alpha_init(text: str) -> float | str:
         return float(text)
     except ValueError as error:
         raise UserError(f"--abx_alpha_init={text} is neither a number nor 'normal'") from error
+
+
+@register_mil("clam_sb", "gated attention with instance clustering, one branch (CLAM, Lu 2021)")
+def clam_sb(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.clam import CLAM
+
+    return CLAM(input_dim, n_classes, stem_options(options), multi_branch=False)
+
+
+@register_mil("clam_mb", "gated attention with instance clustering, a branch per class (CLAM, Lu 2021)")
+def clam_mb(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.clam import CLAM
+
+    return CLAM(input_dim, n_classes, stem_options(options), multi_branch=True)
+
+
+@register_mil("transmil", "Nystrom attention with convolutional positions (Shao 2021)")
+def transmil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.transmil import TransMIL
+
+    return TransMIL(input_dim, n_classes, stem_options(options), n_heads=options.n_heads)
+
+
+@register_mil("dsmil", "critical patch and attention by likeness to it (Li 2021)")
+def dsmil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.dsmil import DSMIL
+
+    return DSMIL(input_dim, n_classes, stem_options(options))
+
+
+@register_mil("dtfd", "two tiers of gated attention over pseudo-bags (Zhang 2022)")
+def dtfd(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.dtfd import DTFD
+
+    return DTFD(input_dim, n_classes, stem_options(options))
+
+
+@register_mil("rrtmil", "regional transformer re-embedding, attention pooling (Tang 2024)")
+def rrtmil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.rrt import RRTMIL, RRTOptions
+
+    sizes = RRTOptions(
+        n_heads=options.rrt_n_heads,
+        n_layers=options.rrt_n_layers,
+        region_num=options.region_num,
+        epeg_k=options.epeg_k,
+        crmsa_k=options.crmsa_k,
+    )
+    return RRTMIL(input_dim, n_classes, stem_options(options), sizes)
+
+
+@register_mil("vitmil", "self-attention layers with a class token (Dosovitskiy 2021)")
+def vitmil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.vitmil import ViTMIL, ViTOptions
+
+    sizes = ViTOptions(
+        n_heads=options.n_heads,
+        n_layers=options.n_layers,
+        pool=options.pool,
+        pos=options.pos,
+        attn_dropout=options.attn_dropout,
+        ffn=options.ffn,
+        ffn_ratio=options.ffn_ratio,
+        ffn_dropout=options.ffn_dp,
+    )
+    return ViTMIL(input_dim, n_classes, stem_options(options), sizes)
+
+
+@register_mil("qamil", "multi-head attention pooling by one learnt query (Lee 2019)")
+def qamil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.qamil import QAMIL
+
+    return QAMIL(
+        input_dim,
+        n_classes,
+        stem_options(options),
+        n_heads=options.n_heads,
+        attn_dropout=options.attn_dropout,
+    )
+
+
+@register_mil("wikg", "attention over a graph of nearest patches (Li 2024)")
+def wikg(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.wikg import WiKG
+
+    return WiKG(input_dim, n_classes, stem_options(options))
+
+
+@register_mil("chief", "gated attention with a site embedding (Wang 2024)")
+def chief(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.chief import CHIEF
+
+    return CHIEF(input_dim, n_classes, stem_options(options))
 
 
 @register_mil("meanmil", "mean of patch logits")

@@ -69,14 +69,15 @@ def masked_softmax(scores: Tensor, mask: Tensor | None) -> Tensor:
 
     Args:
         scores: (B, H, N).
-        mask: (B, N), True where there is a patch.
+        mask: (B, N), or (B, H, N) when heads see different patches; True where there is a patch.
 
     Returns:
         (B, H, N) that sum to 1 over N; exactly 0 outside the mask.
     """
     scores = scores.float()
     if mask is not None:
-        scores = scores.masked_fill(~mask.unsqueeze(1), torch.finfo(scores.dtype).min)
+        mask = mask if mask.dim() == 3 else mask.unsqueeze(1)
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     return scores.softmax(-1)
 
 
@@ -221,3 +222,13 @@ def check_heads(head: str, inner_dim: int, n_heads: int) -> None:
         raise UserError(
             f"{head}: inner_dim {inner_dim} is not a multiple of its {n_heads} attention heads; change one"
         )
+
+
+def join_weights(parts: list[Tensor], mask: Tensor | None) -> Tensor:
+    """Weights (b, H, n) of the groups of ``real_bags`` as one (B, H, N), zero outside the mask (B, N)."""
+    if mask is None:
+        return torch.cat(parts)
+    mask = mask.bool().reshape(len(parts), -1)
+    empty = parts[0].new_zeros(parts[0].shape[1], mask.shape[1])
+    rows = [empty.masked_scatter(real, part[0]) for part, real in zip(parts, mask, strict=True)]
+    return torch.stack(rows)

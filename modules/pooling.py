@@ -4,9 +4,9 @@
     maxmil:  logits_k = max over i of f(x_i)_k
     meanP:   logits = W mean over i of norm(x_i)
 
-with f(x_i) = classifier(dropout(act(W x_i + b))). Paper of the instance-level forms as baselines: Wang et al.,
-"Revisiting multiple instance neural networks", 2018, arXiv 1610.02501 (mi-Net). meanP has no hidden layer: end to
-end it is the encoder with its usual classifier on the average patch.
+with f(x_i) = classifier(dropout(act(W x_i + b))). Paper of the instance-level forms as baselines: Wang et
+al., "Revisiting multiple instance neural networks", 2018, arXiv 1610.02501 (mi-Net). meanP has no hidden
+layer: end to end it is the encoder with its usual classifier on the average patch.
 """
 
 from __future__ import annotations
