@@ -7,15 +7,16 @@ all resamples is a few products of matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.metrics import ClassificationStatistics, Floats, Metrics
+from engine.metrics import ClassificationStatistics, Metrics
 from engine.survival_metrics import SurvivalStatistics
+from engine.weighted import Floats
 
 __all__ = [
     "Bootstrap",
@@ -51,7 +52,7 @@ class Statistics(Protocol):
 
 @dataclass(frozen=True)
 class Estimate:
-    """One metric: of the set itself (``value``); mean, sample sd and 95 % percentile interval of resamples."""
+    """One metric: of the set itself (``value``); mean, sample sd, 95 % percentile interval of resamples."""
 
     value: float
     mean: float
@@ -81,19 +82,26 @@ class Bootstrap:
         return {name: asdict(estimate) for name, estimate in self.estimates.items()}
 
 
-def resample_weights(size: int, resamples: int, seed: int) -> NDArray[np.float32]:
-    """How often each of ``size`` samples is drawn in each resample; (N, R), every column adds to N."""
-    drawn = np.random.default_rng(seed).integers(size, size=(resamples, size))
-    flat = (drawn + np.arange(resamples)[:, None] * size).ravel()
-    counts = np.bincount(flat, minlength=resamples * size).reshape(resamples, size)
-    return np.ascontiguousarray(counts.T, dtype=np.float32)
+def resample_weights(size: int, resamples: int, seed: int) -> Iterator[NDArray[np.float32]]:
+    """Draws resamples of ``size`` samples with replacement, a few at a time.
+
+    Yields:
+        (N, r), how often each sample was drawn; columns add up to N, the r of all parts to ``resamples``.
+    """
+    generator = np.random.default_rng(seed)
+    width = max(1, CHUNK_CELLS // size)
+    for start in range(0, resamples, width):
+        count = min(width, resamples - start)
+        drawn = generator.integers(size, size=(count, size)) + np.arange(count)[:, None] * size
+        counts = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)
+        yield np.ascontiguousarray(counts.T, dtype=np.float32)
 
 
 def bootstrap(statistics: Statistics, fold: int = 0, resamples: int = 1000) -> Bootstrap:
     """Estimates every metric of ``statistics``; each metric sees the same resamples.
 
     Args:
-        statistics: ``ClassificationStatistics(scores, label)`` or
+        statistics: ``ClassificationStatistics(logits, label)`` or
             ``SurvivalStatistics(risk, time, event, train_time, train_event)``.
         fold: seeds the resamples together with the published constant.
         resamples: number of resamples; 0 for point estimates alone.
@@ -105,7 +113,7 @@ def bootstrap(statistics: Statistics, fold: int = 0, resamples: int = 1000) -> B
     point = statistics.point()
     drawn: dict[str, list[Floats]] = {name: [] for name in point.values}
     if resamples and any(not math.isnan(v) for v in point.values.values()):
-        for weights in _chunks(statistics.size, resamples, fold + PUBLISHED_SEED):
+        for weights in resample_weights(statistics.size, resamples, fold + PUBLISHED_SEED):
             for name, values in statistics.resampled(weights).items():
                 drawn[name].append(values)
     estimates, notes = {}, list(point.notes)
@@ -118,12 +126,6 @@ def bootstrap(statistics: Statistics, fold: int = 0, resamples: int = 1000) -> B
                 f"{name}: undefined in {len(values) - len(defined)} of {len(values)} resamples, left out"
             )
     return Bootstrap(estimates, notes)
-
-
-def _chunks(size: int, resamples: int, seed: int) -> list[NDArray[np.float32]]:
-    weights = resample_weights(size, resamples, seed)
-    width = max(1, CHUNK_CELLS // size)
-    return [np.ascontiguousarray(weights[:, i : i + width]) for i in range(0, resamples, width)]
 
 
 def _estimate(value: float, resampled: Floats) -> Estimate:

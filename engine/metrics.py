@@ -6,15 +6,16 @@ N samples, K classes, R resamples. A resample is a column of weights: how often 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from engine.weighted import Floats, confusion_metrics, ratio, weighted_auc
 from utils.errors import UserError
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 PUBLISHED_NAMES = {
@@ -46,6 +47,10 @@ ECE_BINS = 15
 """Equal-width bins of the confidence, as in Guo et al. 2017 and torchmetrics."""
 
 
+MOST_PREDICTIONS = 0.95
+"""A note says so when one class takes more of the predictions than this, without being that frequent."""
+
+
 @dataclass(frozen=True)
 class Metrics:
     """Named values (NaN where undefined) and sentences that say why a value is undefined or unusual."""
@@ -66,13 +71,13 @@ class ClassReport:
     values: dict[str, list[float]]
 
 
-def log_odds(scores: ArrayLike) -> Floats:
+def log_odds(logits: ArrayLike) -> Floats:
     """Log(p_k / (1 - p_k)) of the softmax probabilities of logits (N, K).
 
     It orders samples as p_k does but does not saturate where p_k rounds to 1; for two classes it is the
     difference of the logits. The other classes are summed in ascending order: equal probabilities stay equal.
     """
-    x = np.asarray(scores, dtype=np.float64)
+    x = np.asarray(logits, dtype=np.float64)
     x = x - x.max(axis=1, keepdims=True)
     odds = np.empty_like(x)
     for k in range(x.shape[1]):
@@ -81,56 +86,59 @@ def log_odds(scores: ArrayLike) -> Floats:
     return odds
 
 
-def _confidence(scores: Floats) -> Floats:
+def _confidence(logits: Floats) -> Floats:
     """Softmax probability of the predicted class, (N, K) -> (N,)."""
-    return np.asarray(1 / np.exp(scores - scores.max(axis=1, keepdims=True)).sum(axis=1))
+    return np.asarray(1 / np.exp(logits - logits.max(axis=1, keepdims=True)).sum(axis=1))
 
 
-def _checked(scores: ArrayLike, label: ArrayLike) -> tuple[Floats, Ints]:
-    x, y = np.asarray(scores, dtype=np.float64), np.asarray(label)
+def _checked(logits: ArrayLike, label: ArrayLike) -> tuple[Floats, Ints]:
+    x, y = np.asarray(logits, dtype=np.float64), np.asarray(label)
     if x.ndim != 2 or x.shape[1] < 2 or y.shape != x.shape[:1]:
         raise UserError(
-            f"classification metrics need scores (N, K) with K >= 2 and labels (N,), "
+            f"classification metrics need logits (N, K) with K >= 2 and labels (N,), "
             f"but got {x.shape} and {y.shape}. Pass one row of logits and one label per bag."
         )
     if y.size and (y.min() < 0 or y.max() >= x.shape[1]):
         raise UserError(
-            f"labels run from {y.min()} to {y.max()}, but the scores have {x.shape[1]} classes "
+            f"labels run from {y.min()} to {y.max()}, but there are logits of {x.shape[1]} classes "
             f"(0 to {x.shape[1] - 1}). Set n_classes to the number of classes."
+        )
+    if y.size and (x >= 0).all() and np.allclose(x.sum(axis=1), 1, atol=1e-5):
+        raise UserError(
+            f"all {y.size} rows of the logits are probabilities: not negative, and their sum is 1. "
+            "AUC and calibration would be wrong after a second softmax; pass logits or log-probabilities."
         )
     return x, y.astype(np.int64)
 
 
-def _obstacle(scores: Floats, label: Ints) -> str | None:
+def _obstacle(logits: Floats, label: Ints) -> str | None:
     """Why no metric at all can be computed, or None."""
     if not label.size:
         return "all metrics are NaN: there is no sample"
-    bad = int((~np.isfinite(scores)).any(axis=1).sum())
-    return f"all metrics are NaN: the scores of {bad} of {label.size} samples are not finite" if bad else None
+    bad = int((~np.isfinite(logits)).any(axis=1).sum())
+    return f"all metrics are NaN: the logits of {bad} of {label.size} samples are not finite" if bad else None
 
 
-def classification_metrics(scores: ArrayLike, label: ArrayLike) -> Metrics:
+def classification_metrics(logits: ArrayLike, label: ArrayLike) -> Metrics:
     """All metrics of CLASSIFICATION_METRICS; their definitions are in docs/metrics.md.
 
     Args:
-        scores: (N, K) logits.
+        logits: (N, K), or log-probabilities.
         label: (N,) integers in 0..K-1.
 
     Returns:
-        Values, NaN with a note where a metric is undefined (one class present, no sample, scores not finite).
+        Values, NaN with a note where a metric is undefined (one class present, no sample, logits not finite).
 
     Raises:
         UserError: shapes or labels do not fit.
     """
-    x, y = _checked(scores, label)
+    x, y = _checked(logits, label)
     if obstacle := _obstacle(x, y):
         return Metrics(dict.fromkeys(CLASSIFICATION_METRICS, float("nan")), [obstacle])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         values = _plain(x, y)
-    return Metrics(
-        {name: float(values[name]) for name in CLASSIFICATION_METRICS}, _notes(values, y, x.shape[1])
-    )
+    return Metrics({name: float(values[name]) for name in CLASSIFICATION_METRICS}, _notes(values, x, y))
 
 
 def _plain(x: Floats, y: Ints) -> dict[str, Any]:
@@ -157,12 +165,12 @@ def _plain(x: Floats, y: Ints) -> dict[str, Any]:
     }
 
 
-def class_aucs(scores: Floats, label: Ints) -> Floats:
+def class_aucs(logits: Floats, label: Ints) -> Floats:
     """AUC of every class against the rest, (K,); NaN for a class that no sample or every sample has."""
     from sklearn.metrics import roc_auc_score
 
-    odds, aucs = log_odds(scores), np.full(scores.shape[1], np.nan)
-    for k in range(scores.shape[1]):
+    odds, aucs = log_odds(logits), np.full(logits.shape[1], np.nan)
+    for k in range(logits.shape[1]):
         positive = label == k
         if positive.any() and not positive.all():
             aucs[k] = roc_auc_score(positive, odds[:, k])
@@ -178,8 +186,9 @@ def _calibration_gaps(x: Floats, y: Ints) -> Floats:
     return gaps
 
 
-def _notes(values: dict[str, Any], y: Ints, n_classes: int) -> list[str]:
+def _notes(values: dict[str, Any], x: Floats, y: Ints) -> list[str]:
     notes = []
+    n_classes = x.shape[1]
     absent = sorted(set(range(n_classes)) - set(np.unique(y).tolist()))
     if len(absent) == n_classes - 1:
         notes.append(f"auc is NaN: every one of the {len(y)} samples has class {y[0]}")
@@ -187,57 +196,44 @@ def _notes(values: dict[str, Any], y: Ints, n_classes: int) -> list[str]:
         notes.append(f"auc averages the classes present; no sample has class {', '.join(map(str, absent))}")
     if np.isnan(values["kappa"]):
         notes.append("kappa is NaN: labels and predictions are one and the same class")
+    shares = np.bincount(x.argmax(axis=1), minlength=n_classes) / len(y)
+    top = int(shares.argmax())
+    own = float((y == top).mean())
+    if shares[top] > MOST_PREDICTIONS > own:
+        notes.append(f"class {top} takes {shares[top]:.0%} of the predictions, but {own:.0%} of the labels")
     return notes
 
 
-def class_report(scores: ArrayLike, label: ArrayLike, names: list[str] | None = None) -> ClassReport:
+def class_report(logits: ArrayLike, label: ArrayLike, names: Sequence[str] | None = None) -> ClassReport:
     """Precision, recall, specificity, F1, AUC and support of every class, and the confusion matrix.
 
     Args:
-        scores: (N, K) logits.
+        logits: (N, K); samples whose logits are not finite are left out.
         label: (N,) integers in 0..K-1.
         names: K class names; default their indices.
+
+    Returns:
+        Values are NaN where a class has no sample, no prediction, or nothing else beside it.
 
     Raises:
         UserError: shapes or labels do not fit.
     """
-    from sklearn import metrics as sk
-
-    x, y = _checked(scores, label)
-    classes = list(range(x.shape[1]))
+    x, y = _checked(logits, label)
     finite = np.isfinite(x).all(axis=1)
     x, y = x[finite], y[finite]
-    if not y.size:
-        empty = [float("nan")] * len(classes)
-        keys = ("precision", "recall", "specificity", "f1", "auc", "support")
-        return ClassReport(
-            names or [str(k) for k in classes],
-            [[0 for _ in classes] for _ in classes],
-            dict.fromkeys(keys, empty),
-        )
-    predicted = x.argmax(axis=1)
-    confusion = sk.confusion_matrix(y, predicted, labels=classes)
-    precision, recall, f1, support = sk.precision_recall_fscore_support(
-        y, predicted, labels=classes, average=None, zero_division=np.nan
-    )
-    negatives = len(y) - support
-    false_positives = confusion.sum(axis=0) - confusion.diagonal()
+    n_classes = x.shape[1]
+    confusion = np.bincount(y * n_classes + x.argmax(axis=1), minlength=n_classes**2).reshape(n_classes, -1)
+    hits, labelled, predicted = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     columns = {
-        "precision": precision,
-        "recall": recall,
-        "specificity": ratio(negatives - false_positives, negatives),
-        "f1": f1,
+        "precision": ratio(hits, predicted),
+        "recall": ratio(hits, labelled),
+        "specificity": ratio(len(y) - labelled - predicted + hits, len(y) - labelled),
+        "f1": ratio(2 * hits, labelled + predicted),
         "auc": class_aucs(x, y),
-        "support": support,
+        "support": labelled,
     }
     values = {name: [float(v) for v in column] for name, column in columns.items()}
-    return ClassReport(names or [str(k) for k in classes], confusion.tolist(), values)
-
-
-def ratio(numerator: NDArray[Any], denominator: NDArray[Any]) -> Floats:
-    """Quotient in float64, NaN where the denominator is zero."""
-    top, bottom = np.broadcast_arrays(np.asarray(numerator, np.float64), np.asarray(denominator, np.float64))
-    return np.divide(top, bottom, out=np.full(top.shape, np.nan), where=bottom != 0)
+    return ClassReport(list(names or map(str, range(n_classes))), confusion.tolist(), values)
 
 
 class ClassificationStatistics:
@@ -248,26 +244,26 @@ class ClassificationStatistics:
     product for all.
     """
 
-    def __init__(self, scores: ArrayLike, label: ArrayLike) -> None:
-        self.scores, self.label = _checked(scores, label)
-        self.size, self.n_classes = self.scores.shape
-        self.sound = _obstacle(self.scores, self.label) is None
+    def __init__(self, logits: ArrayLike, label: ArrayLike) -> None:
+        self.logits, self.label = _checked(logits, label)
+        self.size, self.n_classes = self.logits.shape
+        self.sound = _obstacle(self.logits, self.label) is None
         if self.sound:
-            self.odds = log_odds(self.scores)
-            self.gaps = _calibration_gaps(self.scores, self.label)
-            cell = self.label * self.n_classes + self.scores.argmax(axis=1)
+            self.odds = log_odds(self.logits)
+            self.gaps = _calibration_gaps(self.logits, self.label)
+            cell = self.label * self.n_classes + self.logits.argmax(axis=1)
             self.cells = (cell == np.arange(self.n_classes**2)[:, None]).astype(np.float32)
 
     def point(self) -> Metrics:
         """The plain metrics of the whole set."""
-        return classification_metrics(self.scores, self.label)
+        return classification_metrics(self.logits, self.label)
 
     def resampled(self, weights: NDArray[np.float32]) -> dict[str, Floats]:
         """The metrics, each (R,), of resamples with ``weights`` (N, R); NaN where undefined."""
         confusion = (self.cells @ weights).reshape(self.n_classes, self.n_classes, -1).astype(np.float64)
         return {
             "auc": self._auc(weights),
-            **_from_confusion(confusion),
+            **confusion_metrics(confusion),
             "ece": np.abs(self.gaps @ weights).sum(axis=0) / confusion.sum(axis=(0, 1)),
         }
 
@@ -279,45 +275,3 @@ class ClassificationStatistics:
     def _class_auc(self, k: int, weights: NDArray[np.float32]) -> Floats:
         positive = self.label == k
         return weighted_auc(self.odds[:, k], positive, weights)
-
-
-def weighted_auc(score: Floats, positive: NDArray[np.bool_], weights: NDArray[Any]) -> Floats:
-    """P(positive scores higher) + half P(tie), for weights (N, R); (R,), NaN without a pair."""
-    negative_index = np.flatnonzero(~positive)
-    negative_index = negative_index[np.argsort(score[negative_index], kind="stable")]
-    below = np.zeros((len(negative_index) + 1, weights.shape[1]))
-    np.cumsum(weights[negative_index], axis=0, out=below[1:])
-    drawn, ordered = weights[positive].astype(np.float64), score[negative_index]
-    beaten = below[np.searchsorted(ordered, score[positive], side="left")]
-    beaten += below[np.searchsorted(ordered, score[positive], side="right")]
-    return ratio(np.einsum("nr,nr->r", drawn, beaten) / 2, drawn.sum(axis=0) * below[-1])
-
-
-def _from_confusion(c: Floats) -> dict[str, Floats]:
-    """Metrics of confusion matrices (K, K, R), rows = label."""
-    total = c.sum(axis=(0, 1))
-    hits, labelled, predicted = np.einsum("kkr->kr", c), c.sum(axis=1), c.sum(axis=0)
-    seen = labelled + predicted > 0
-    recall = np.nan_to_num(ratio(hits, labelled))
-    macro = {
-        "recall_macro": recall,
-        "precision_macro": np.nan_to_num(ratio(hits, predicted)),
-        "f1_macro": np.nan_to_num(ratio(2 * hits, labelled + predicted)),
-    }
-    values = {name: (column * seen).sum(axis=0) / seen.sum(axis=0) for name, column in macro.items()}
-    index = np.arange(len(c))
-    return {
-        **values,
-        "accuracy_macro": values["recall_macro"],
-        "accuracy_micro": hits.sum(axis=0) / total,
-        "balanced_accuracy": recall.sum(axis=0) / (labelled > 0).sum(axis=0),
-        "kappa": _kappa(c, (index[:, None] != index).astype(np.float64)),
-        "kappa_quadratic": _kappa(c, (index[:, None] - index) ** 2.0),
-    }
-
-
-def _kappa(c: Floats, cost: NDArray[Any]) -> Floats:
-    """1 - observed / chance disagreement (Cohen 1968) of confusion matrices (K, K, R), cost (K, K)."""
-    observed = np.einsum("ij,ijr->r", cost, c)
-    chance = np.einsum("ij,ir,jr->r", cost, c.sum(axis=1), c.sum(axis=0)) / c.sum(axis=(0, 1))
-    return np.asarray(1 - ratio(observed, chance))

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engine.metrics import Floats, Metrics, ratio, weighted_auc
+from engine.metrics import Metrics
+from engine.weighted import Bools, Floats, life_table, ratio, tie_groups, weighted_auc, weighted_median
 from utils.errors import UserError
-
-Bools = NDArray[np.bool_]
 
 SURVIVAL_METRICS = ("c_index", "c_index_ipcw", "auc_td", "logrank_p")
 
@@ -72,7 +71,7 @@ class SurvivalStatistics:
     @cached_property
     def tau(self) -> float:
         """Follow-up from here on is cut off: the training patients do not tell how likely censoring is."""
-        if not len(self.train_time):
+        if not self.train_event.any():
             return 0.0
         gone = self._censoring.unique_time_[self._censoring.prob_ <= 0]
         return float(gone[0]) if len(gone) else float(self.train_time.max())
@@ -120,7 +119,7 @@ class SurvivalStatistics:
         return {
             **self._concordance(weights),
             "auc_td": self._auc_td(weights),
-            "logrank_p": self._logrank_p(weights),
+            "logrank_p": self.resampled_logrank_p(weights),
         }
 
     def _pairs(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32], NDArray[np.float32]]]:
@@ -163,22 +162,22 @@ class SurvivalStatistics:
         case = self.cut_event & (self.cut_time <= time)
         used = case | (self.cut_time > time)
         factor = np.where(case, self.inverse_censoring, 1.0)[used, None]
-        return weighted_auc(tie_groups(self.risk)[used], case[used], weights[used] * factor)
+        return weighted_auc(tie_groups(self.risk, TIED_RISK)[used], case[used], weights[used] * factor)
 
     def _survival_at_times(self, weights: NDArray[np.float32]) -> Floats:
         """Kaplan-Meier survival of every resample at ``times``, (T, R)."""
-        distinct, at_risk, died = _life_table(self.cut_time, self.cut_event, weights)
+        distinct, at_risk, died = life_table(self.cut_time, self.cut_event, weights)
         step = np.divide(died, at_risk, out=np.zeros_like(died), where=at_risk > 0)
         curve = np.vstack([np.ones((1, weights.shape[1])), np.cumprod(1 - step, axis=0)])
         return np.asarray(curve[np.searchsorted(distinct, self.times, side="right")])
 
-    def _logrank_p(self, weights: NDArray[np.float32]) -> Floats:
+    def resampled_logrank_p(self, weights: NDArray[Any]) -> Floats:
         """Log-rank test (Mantel 1966) between risks above the median of the resample and the others."""
         from scipy.stats import chi2
 
         high = (self.risk[:, None] > weighted_median(self.risk, weights)) * weights
-        _, at_risk, died = _life_table(self.time, self.event, weights)
-        _, high_at_risk, high_died = _life_table(self.time, self.event, high)
+        _, at_risk, died = life_table(self.time, self.event, weights)
+        _, high_at_risk, high_died = life_table(self.time, self.event, high)
         share = np.divide(high_at_risk, at_risk, out=np.zeros_like(at_risk), where=at_risk > 0)
         surplus = (high_died - died * share).sum(axis=0)
         spread = died * share * (1 - share) * (at_risk - died) / np.maximum(at_risk - 1, 1)
@@ -271,19 +270,20 @@ def _auc_td(data: SurvivalStatistics) -> float:
 def _logrank_p(data: SurvivalStatistics) -> float:
     from sksurv.compare import compare_survival
 
+    # Where no event leaves survivors of both groups the statistic is 0 / 0; the library then gives 1 or raises.
+    if np.isnan(data.resampled_logrank_p(np.ones((data.size, 1)))[0]):
+        return float("nan")
     high = data.risk > np.median(data.risk)
-    if not high.any():
-        return float("nan")
-    try:
-        return float(compare_survival(_surv(data.time, data.event), high)[1])
-    except np.linalg.LinAlgError:  # no event time at which both groups are at risk: the statistic is 0 / 0
-        return float("nan")
+    return float(compare_survival(_surv(data.time, data.event), high)[1])
 
 
 def _notes(data: SurvivalStatistics, values: dict[str, float]) -> list[str]:
+    trained = "no training patient has an event"
+    if data.train_event.any():
+        trained = f"no two patients can be compared before {data.tau:g}, the end of known censoring"
     reasons = {
         "c_index": "no two patients can be compared",
-        "c_index_ipcw": f"no two patients can be compared before {data.tau:g}, the end of known censoring",
+        "c_index_ipcw": trained,
         "auc_td": f"no time of {data.times.tolist()} has patients with an earlier event and patients left",
         "logrank_p": "the risks do not split the patients into two groups that can be compared",
     }
@@ -293,31 +293,3 @@ def _notes(data: SurvivalStatistics, values: dict[str, float]) -> list[str]:
             "c_index_ipcw and auc_td take the censoring from the patients evaluated, not from training"
         )
     return notes
-
-
-def tie_groups(risk: Floats) -> Floats:
-    """Ranks of risks, (N,); neighbours in order that differ by no more than TIED_RISK share one."""
-    order = np.argsort(risk, kind="stable")
-    ranks = np.zeros(len(risk))
-    ranks[order[1:]] = np.cumsum(np.diff(risk[order]) > TIED_RISK)
-    return ranks
-
-
-def weighted_median(values: Floats, weights: NDArray[Any]) -> Floats:
-    """np.median of every materialised resample: values (N,), counts (N, R) -> (R,)."""
-    order = np.argsort(values, kind="stable")
-    drawn = np.cumsum(weights[order], axis=0)
-    count = drawn[-1]
-    low = (drawn > (count - 1) // 2).argmax(axis=0)
-    high = (drawn > count // 2).argmax(axis=0)
-    return np.asarray((values[order[low]] + values[order[high]]) / 2)
-
-
-def _life_table(time: Floats, event: Bools, weights: NDArray[Any]) -> tuple[Floats, Floats, Floats]:
-    """Distinct times (U,), and at each the weight at risk and the weight of events, (U, R)."""
-    order = np.argsort(time, kind="stable")
-    distinct, start = np.unique(time[order], return_index=True)
-    drawn = weights[order].astype(np.float64)
-    leaving = np.add.reduceat(drawn, start, axis=0)
-    died = np.add.reduceat(drawn * event[order, None], start, axis=0)
-    return distinct, leaving[::-1].cumsum(axis=0)[::-1], died
