@@ -116,9 +116,14 @@ def _check_labels(table: Table, classes: Classes, faults: Faults) -> None:
         allowed = f"0 to {len(classes.names) - 1}" if classes.by_number else ", ".join(classes.names)
         faults.add(
             f"{where}: label {label!r} is outside the classes ({allowed})."
-            f"{did_you_mean(label, classes.names)} Correct the csv, or name the classes in order with "
+            f"{_like(label, classes.names)} Correct the csv, or name the classes in order with "
             "--classes."
         )
+
+
+def _like(label: str, names: Sequence[str]) -> str:
+    same = [name for name in names if name.lower() == label.lower()]
+    return f" Did you mean {same[0]!r}?" if same else did_you_mean(label, names)
 
 
 def _integer(label: str) -> int | None:

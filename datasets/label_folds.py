@@ -137,8 +137,8 @@ class FoldBuilder:
                     "store. Compare the names in the csv with those in the store."
                 )
                 continue
-            kinds = {targets[row.number][key] for row in kept if row.number in targets}
-            lacking = _lacking(key, kinds)
+            labelled = [targets[row.number][key] for row in kept if row.number in targets]
+            lacking = _lacking(key, set(labelled)) if len(labelled) == len(kept) else ""
             if lacking and split == "train":
                 self.faults.add(
                     f"{draft.where}: the train set holds {lacking}. Add rows, or correct the labels."
