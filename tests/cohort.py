@@ -1,10 +1,10 @@
-"""A cohort of synthetic slides: pyramidal TIFFs of stained-looking tissue with a planted, purely visual signal.
+"""A cohort of synthetic slides: pyramidal TIFFs of stained-looking tissue with a planted visual signal.
 
     python tests/cohort.py OUT --patients 30
 
-writes ``OUT/slides/*.tif`` and ``OUT/labels.csv`` (case,slide,label,fold). Half of the patients are `tumor`: a
-region of their tissue holds large, elongated, disordered nuclei where normal tissue has many small round ones. Both
-kinds cover the same share of the tissue with the same ink, so that mean colours are equal, and every slide is stained
+writes ``OUT/slides/*.tif`` and ``OUT/labels.csv`` (case,slide,label,fold). Half of the patients are `tumor`:
+a region of their tissue holds few large, long nuclei where normal tissue has many small round ones. Both
+cover the same share of the tissue with the same ink, so mean colours are equal, and every slide is stained
 differently; only the shape of what is seen tells the classes apart.
 """
 
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -41,16 +43,11 @@ Field = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Nuclei:
-    """Half axes of a kind of nucleus in level-0 px and how far it strays from its place, as a share of the spacing."""
+    """A kind of nucleus: half axes in level-0 px, and how far it strays in units of spacing."""
 
     long_px: float
     short_px: float
     stray: float
-
-    @property
-    def spacing_px(self) -> float:
-        """Distance between neighbours at which the nuclei cover NUCLEAR_COVER of the plane."""
-        return math.sqrt(math.pi * self.long_px * self.short_px / NUCLEAR_COVER)
 
 
 NORMAL = Nuclei(long_px=2.8, short_px=2.5, stray=0.20)
@@ -80,7 +77,8 @@ class Drawn:
 def slow_field(rng: np.random.Generator, side_px: int, grain_px: int) -> Field:
     """Smooth noise of mean about 0 and deviation about 1 that varies over ``grain_px``."""
     coarse = rng.standard_normal((side_px // grain_px + 3,) * 2).astype(np.float32)
-    return cv2.resize(coarse, (side_px, side_px), interpolation=cv2.INTER_CUBIC)
+    field = cv2.resize(coarse, (side_px, side_px), interpolation=cv2.INTER_CUBIC)
+    return field.astype(np.float32, copy=False)
 
 
 def blob(rng: np.random.Generator, within: Mask, share: float) -> Mask:
@@ -102,37 +100,61 @@ def tissue_mask(rng: np.random.Generator, side_px: int) -> Mask:
     return distance < rng.uniform(0.38, 0.43)
 
 
+def draw_nucleus(canvas: Image, kind: Nuclei, centre_px: tuple[float, float], turn_deg: float) -> None:
+    """Fills one nucleus into ``canvas`` with 255, placed to a sixteenth of a pixel."""
+    axes = (round(kind.long_px * 16), round(kind.short_px * 16))
+    centre = (round(centre_px[0] * 16), round(centre_px[1] * 16))
+    outline = np.array(cv2.ellipse2Poly(centre, axes, round(turn_deg), 0, 360, 20))
+    cv2.fillConvexPoly(canvas, outline, 255, shift=4)
+
+
+@functools.cache
+def spacing_px(kind: Nuclei) -> float:
+    """Distance between neighbours at which the nuclei, as they are drawn, cover NUCLEAR_COVER of the plane.
+
+    Measured, because OpenCV fills every pixel that an outline touches, which enlarges small shapes more.
+    """
+    rng = np.random.default_rng(0)
+    total = 0
+    for _ in range(400):
+        canvas = np.zeros((32, 32), np.uint8)
+        draw_nucleus(canvas, kind, (rng.uniform(15, 17), rng.uniform(15, 17)), rng.uniform(0, 180))
+        total += np.count_nonzero(canvas)
+    return math.sqrt(total / 400 / NUCLEAR_COVER)
+
+
 def draw_nuclei(rng: np.random.Generator, side_px: int, kind: Nuclei) -> Mask:
     """Nuclei of one kind over the whole square, on staggered rows with random displacement and direction."""
-    step_px = kind.spacing_px
+    step_px = spacing_px(kind)
     places = np.mgrid[-1 : side_px / step_px + 1, -1 : side_px / step_px + 1].reshape(2, -1).T
     places[:, 1] += 0.5 * (places[:, 0] % 2)
     places = (places + rng.uniform(-kind.stray, kind.stray, places.shape)) * step_px
     turns = rng.uniform(0, 180, len(places))
     canvas = np.zeros((side_px, side_px), np.uint8)
-    axes = (round(kind.long_px * 16), round(kind.short_px * 16))
     for (y, x), turn in zip(places, turns, strict=True):
-        # Coordinates in sixteenths of a pixel (shift=4): whole ones would round small nuclei to one size.
-        outline = cv2.ellipse2Poly((round(x * 16), round(y * 16)), axes, round(turn), 0, 360, 20)
-        cv2.fillConvexPoly(canvas, outline, 255, shift=4)
+        draw_nucleus(canvas, kind, (x, y), turn)
     return canvas > 0
 
 
 def draw_slide(rng: np.random.Generator, label: str, side_px: int) -> Drawn:
-    """Level 0 of one slide. Tumour fills 25 to 40 % of a `tumor` slide's tissue and none of a `normal` one's."""
+    """Level 0 of one slide; tumour fills 25 to 40 % of the tissue where ``label`` is `tumor`."""
     tissue = tissue_mask(rng, side_px)
     share = rng.uniform(0.25, 0.40)
-    tumour = blob(rng, tissue, share) if label == "tumor" else np.zeros_like(tissue)
-    nuclei = np.where(tumour, draw_nuclei(rng, side_px, TUMOUR), draw_nuclei(rng, side_px, NORMAL))
-    image = stain(rng, tissue, nuclei & tissue)
+    tumour = np.zeros_like(tissue)
+    nuclei = draw_nuclei(rng, side_px, NORMAL)
+    if label == "tumor":
+        tumour = blob(rng, tissue, share)
+        nuclei = np.where(tumour, draw_nuclei(rng, side_px, TUMOUR), nuclei)
+    image: NDArray[Any] = stain(rng, tissue, nuclei & tissue)
     draw_pen(rng, image)
     # Blur and noise come after the stain: they are linear in the colours and leave their means as they are.
-    image = cv2.GaussianBlur(image, (0, 0), 0.7) + rng.normal(0, 4, (side_px, side_px, 1)).astype(np.float32)
-    return Drawn(np.clip(image, 0, 255).round().astype(np.uint8), tissue, tumour)
+    grain = rng.normal(0, 4, (side_px, side_px, 1))
+    image = np.clip(cv2.GaussianBlur(image, (0, 0), 0.7) + grain, 0, 255).round()
+    return Drawn(image.astype(np.uint8), tissue, tumour)
 
 
 def stain(rng: np.random.Generator, tissue: Mask, nuclei: Mask) -> Field:
-    """Colours 0 to 255 of stained tissue; strength and hue of both stains vary from slide to slide and slowly inside."""
+    """Colours 0 to 255 of stained tissue; both stains vary between slides, and slowly within one."""
     side_px = len(tissue)
     blue, pink = rng.uniform(0.6, 1.1), rng.uniform(0.35, 0.75)
     hues = [hue * rng.uniform(0.9, 1.1, 3) for hue in (HAEMATOXYLIN, EOSIN)]
@@ -177,21 +199,15 @@ def write_pyramid(path: Path, image: Image, levels: int) -> None:
                 resolutionunit="CENTIMETER",
                 metadata=None,
             )
-            image = cv2.resize(
-                image, (image.shape[1] // 2, image.shape[0] // 2), interpolation=cv2.INTER_AREA
-            )
+            half = (image.shape[1] // 2, image.shape[0] // 2)
+            image = cv2.resize(image, half, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
 
 
 def folds_of(patients: int) -> list[str]:
     """The split of each patient; patients alternate between the classes, so every split is balanced."""
     pairs = patients // 2
-    test = max(1, round(0.2 * pairs))
-    val = max(1, round(0.2 * pairs))
-    return [
-        name
-        for name, count in (("train", pairs - test - val), ("val", val), ("test", test))
-        for _ in range(2 * count)
-    ]
+    held_out = max(1, round(0.2 * pairs))
+    return ["train"] * (2 * (pairs - 2 * held_out)) + ["val"] * (2 * held_out) + ["test"] * (2 * held_out)
 
 
 def make_cohort(out: Path, cohort: Cohort) -> Path:

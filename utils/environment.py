@@ -1,12 +1,13 @@
 """Checks the environment that a user has activated and adds what it lacks, changing nothing that is there.
 
-``python utils/environment.py check`` needs only the standard library and pip. A package of requirements.txt or
-requirements-dev.txt that is missing is installed in the version of requirements.lock, under the constraint that
-every package already installed stays as it is; one that is too old or too new is reported, never replaced.
+``python utils/environment.py`` needs only the standard library and pip. A package of requirements.txt or
+requirements-dev.txt that is missing is installed in the version of requirements.lock, under the constraint
+that every package already installed stays as it is; one that is too old or too new is reported.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
 import subprocess
