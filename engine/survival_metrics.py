@@ -270,7 +270,7 @@ def _auc_td(data: SurvivalStatistics) -> float:
 def _logrank_p(data: SurvivalStatistics) -> float:
     from sksurv.compare import compare_survival
 
-    # Where no event leaves survivors of both groups the statistic is 0 / 0; the library then gives 1 or raises.
+    # Where both groups are never at risk together the statistic is 0 / 0; the library then gives 1 or raises.
     if np.isnan(data.resampled_logrank_p(np.ones((data.size, 1)))[0]):
         return float("nan")
     high = data.risk > np.median(data.risk)
