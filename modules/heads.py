@@ -178,6 +178,23 @@ def chief(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
     return CHIEF(input_dim, n_classes, stem_options(options))
 
 
+@register_mil("gigap", "LongNet slide encoder; published size: 12 layers, 16 heads, inner_dim 768 (Xu 2024)")
+def gigap(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.gigap import GigaPathMIL, LongNetOptions
+
+    sizes = LongNetOptions(
+        n_heads=options.n_heads, n_layers=options.n_layers, ffn_ratio=options.ffn_ratio, pos=options.pos
+    )
+    return GigaPathMIL(input_dim, n_classes, stem_options(options), sizes)
+
+
+@register_mil("2dmamba", "state space scan over the patch grid, attention pooling (Zhang 2025)")
+def mamba2d(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
+    from modules.mamba2d import Mamba2DMIL
+
+    return Mamba2DMIL(input_dim, n_classes, stem_options(options))
+
+
 @register_mil("meanmil", "mean of patch logits")
 def meanmil(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
     from modules.pooling import InstancePooling
