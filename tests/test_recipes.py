@@ -1,0 +1,55 @@
+"""The published recipes: every file parses without a fault and gives the published values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from utils.options import parse
+
+ROOT = Path(__file__).resolve().parent.parent
+
+KEYS = ("model", "num_epoch", "max_epoch", "patient", "batch_size", "same_psize", "mul_scale_ratio")
+KEYS += ("opt", "lr", "weight_decay", "warmup_epochs")
+PUBLISHED = {
+    "r18_panda": ("e2e_r18_abmilx", 200, 120, 20, 8, 128, 4, "adam", 2e-4, 1e-5, 0),
+    "r50_panda": ("e2e_r50v2_abmilx", 200, 200, 20, 4, 128, 4, "adamw", 2e-4, 1e-2, 0),
+    "r18_brca_subtyping": ("e2e_r18_abmilx", 75, 50, 10, 3, 512, 4, "adamw", 8e-5, 0, 10),
+    "r50_brca_subtyping": ("e2e_r50v2_abmilx", 125, 125, 10, 4, 128, 3, "adamw", 8e-5, 0, 10),
+    "r18_brca_survival": ("e2e_r18_abmilx", 30, 20, 10, 2, 768, 10, "adamw", 8e-5, 5e-2, 5),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_end_to_end_recipes_have_the_published_values(name: str) -> None:
+    config, _ = parse(["-c", str(ROOT / f"config/e2e/{name}.yaml")])
+    values = config.flat()
+    assert tuple(values[k] for k in KEYS) == PUBLISHED[name]
+    shared = {
+        "seed": 2021,
+        "img_size": 256,
+        "crop_size": 224,
+        "act": "gelu",
+        "mil_bias": False,
+        "mil_norm": "ln",
+    }
+    assert {k: values[k] for k in shared} == shared
+    on = (
+        "image_input",
+        "lmdb",
+        "mul_scale_input",
+        "channels_last",
+        "abx_attn_plus",
+        "amp",
+        "sync_bn",
+        "pad_enc_bs",
+    )
+    assert all(values[k] is True for k in on)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").rglob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_parses_and_can_be_overridden(path: Path) -> None:
+    config, _ = parse(["-c", str(path), "--lr=0.5", "--no_amp"])
+    assert config.train.lr == 0.5
+    assert config.train.amp is False
