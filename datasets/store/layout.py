@@ -13,6 +13,8 @@ from utils.errors import UserError
 FORMAT_VERSION = 1
 KEYS, LEN, SLIDES, COUNTS = b"__keys__", b"__len__", b"__slide__", b"__pn__"
 HEADER, PENDING, LISTED = b"__header__", b"__pending__", b"__listed__"
+# Header fields that may differ between slides of one store.
+MERGED = ("level", "patch_size_px")
 # LMDB allows keys of 511 bytes; the longest of ours is "__coords__/" + name, or name + "-" + index.
 MAX_NAME_BYTES = 480
 
@@ -35,11 +37,19 @@ class StoreHeader:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def differences(self, other: StoreHeader) -> list[str]:
-        """The fields in which two headers differ, as 'name: ours, not theirs'."""
+        """The fields that forbid joining two stores, as 'name: theirs, not ours'.
+
+        Levels and read sizes may differ from slide to slide (scanners differ; ``mpp`` is what counts).
+        """
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
-        return [
-            f"{name}: {theirs[name]!r}, not {mine[name]!r}" for name in mine if mine[name] != theirs[name]
-        ]
+        names = [name for name in mine if name not in MERGED and mine[name] != theirs[name]]
+        return [f"{name}: {theirs[name]!r}, not {mine[name]!r}" for name in names]
+
+    def merged(self, other: StoreHeader) -> StoreHeader:
+        """The header of both together: level and read size are None where they differ."""
+        mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)
+        unequal: dict[str, Any] = {name: None for name in MERGED if mine[name] != theirs[name]}
+        return dataclasses.replace(self, **unequal)
 
 
 @dataclass(frozen=True, kw_only=True)

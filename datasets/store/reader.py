@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import weakref
@@ -233,4 +234,4 @@ def _common_header(files: list[Path], headers: list[StoreHeader | None]) -> Stor
         for difference in first.differences(header):
             faults.add(f"{file} has {difference} as in {files[0]}")
     faults.raise_if_any()
-    return first
+    return functools.reduce(lambda a, b: a.merged(b) if a and b else None, headers)

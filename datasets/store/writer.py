@@ -89,16 +89,19 @@ class StoreWriter:
 
     def _begin(self, header: StoreHeader) -> None:
         with self._env.begin() as txn:
-            known, old, left = txn.stat()["entries"], txn.get(layout.HEADER), txn.get(layout.PENDING)
+            known, value, left = txn.stat()["entries"], txn.get(layout.HEADER), txn.get(layout.PENDING)
+            old = None if value is None else layout.load_header(value)
             if known and old is None:
                 raise UserError(
                     f"{self.path}: exists and was not written by this program (it has no header). "
                     "Give another name."
                 )
             if old is not None:
-                self._continue(txn, layout.load_header(old))
+                self._continue(txn, old)
         if old is None:
             self._commit(lambda txn: self._put_new(txn, header))
+        elif self.header != old:
+            self._commit(lambda txn: txn.put(layout.HEADER, layout.dump_record(self.header)))
         for slide, count in json.loads(left or b"{}").items():
             log.info("%s: removing what a stopped run left of slide %s", self.path, slide)
             self._in_work[slide] = int(count)
@@ -113,6 +116,7 @@ class StoreWriter:
                 f"{self.path}: was made with other settings ({'; '.join(differences)}). "
                 "Give another name, or the settings it was made with."
             )
+        self.header = old.merged(self.header)
         counts = safe_pickle.load_counts(txn.get(layout.COUNTS))
         self._counts = {slide: counts[slide] for slide in safe_pickle.load_names(txn.get(layout.SLIDES))}
         for slide, count in self._counts.items():
