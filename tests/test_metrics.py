@@ -119,6 +119,11 @@ def test_log_odds_are_those_of_the_softmax_and_do_not_saturate() -> None:
     assert classification_metrics(sure, [0, 0, 1, 1])["auc"] == 1.0
 
 
+def test_samples_of_equal_probability_are_tied_to_the_last_bit() -> None:
+    logits, _ = random_set(200, 6)
+    np.testing.assert_array_equal(log_odds(logits[:, [0, 3, 5, 1, 4, 2]])[:, 0], log_odds(logits)[:, 0])
+
+
 def test_two_class_auc_uses_both_logits() -> None:
     """The published --bin_metric looked at logit 1 alone (T20), here of AUC 0.375; the difference has 1."""
     logits = np.array([[4.0, 1.0], [5.0, 3.0], [0.0, 1.0], [1.0, 2.0]])
