@@ -3,7 +3,8 @@
 A head is ``head(x, mask=None, *, pos=None) -> logits``: x (B, N, D) or (N, D), mask (B, N) True where there
 is a patch, pos (B, N, 2) grid columns and rows. What a head may have besides:
 
-* ``attention(x, mask=None, pos=None)``: weights (B, heads, N) that sum to 1 over the patches.
+* ``attention(x, mask=None, pos=None)``: weights (B, heads, N) that sum to 1 over the patches; read it through
+  ``attention_weights(head, x, mask, pos)``, which also knows ABMILX.
 * ``loss_weights`` (main, auxiliary) and ``forward_with_aux(x, mask, target, criterion) -> (logits, aux)``:
   the training loss is main * criterion(logits, target) + auxiliary * aux.
 
@@ -12,7 +13,7 @@ Builders import their module when they are called, so that one head's fault cann
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 from modules.layers import StemOptions
 from modules.registry import mils, register_mil
@@ -25,6 +26,24 @@ def build_mil(name: str, input_dim: int, n_classes: int, options: ModelConfig) -
     if input_dim < 1 or n_classes < 1:
         raise UserError(f"{name}: input_dim {input_dim} and n_classes {n_classes} must both be at least 1")
     return mils.get(name).build(input_dim, n_classes, options)
+
+
+def attention_weights(
+    head: nn.Module, x: Tensor, mask: Tensor | None = None, pos: Tensor | None = None
+) -> Tensor:
+    """The attention (B, heads, N) of any head that has one, summing to 1 over the patches.
+
+    ``DAttentionX`` keeps a layer under the name ``attention``, as its published weights do, so it is asked through
+    ``return_attn`` instead. Raises UserError for a head without attention.
+    """
+    method = getattr(head, "attention", None)
+    if isinstance(method, nn.Module):
+        return head(x, mask, return_attn=True)[1]
+    if method is None:
+        raise UserError(
+            f"{type(head).__name__} has no attention over patches; choose another head for heat maps"
+        )
+    return method(x, mask, pos)
 
 
 def stem_options(options: ModelConfig) -> StemOptions:

@@ -73,6 +73,10 @@ def scan_2d(u: Tensor, delta: Tensor, rates: Tensor, b: Tensor, c: Tensor) -> Te
     return torch.einsum("rwes,rws->rwe", states, c)
 
 
+def _again(u: Tensor, delta: Tensor, rates: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return checkpoint(scan_2d, u, delta, rates, b, c, use_reentrant=False, preserve_rng_state=False)
+
+
 def grid_cells(pos: Tensor) -> tuple[Tensor, int, int]:
     """Cells (N,) of positions (N, 2) on a grid without empty rows and columns, and its rows and columns."""
     columns, column = torch.unique(pos[:, 0], return_inverse=True)
@@ -116,10 +120,7 @@ class Mamba2DBlock(nn.Module):
         rates = -self.rate_log.float().exp()
         size = max(1, BLOCK_STATES // (u[..., 0].numel() * self.states))
         parts = zip(u.split(size, -1), delta.split(size, -1), rates.split(size), strict=True)
-        done = [
-            checkpoint(scan_2d, some, steps, rate, b, c, use_reentrant=False) for some, steps, rate in parts
-        ]
-        return torch.cat(done, -1)
+        return torch.cat([_again(some, steps, rate, b, c) for some, steps, rate in parts], -1)
 
 
 class Mamba2DMIL(nn.Module):

@@ -85,6 +85,16 @@ def from_regions(x: Tensor, per_side: int, count: int) -> Tensor:
     return grid.reshape(bags, -1, width)[:, :count]
 
 
+def spread(logits: Tensor, cells: Tensor) -> Tensor:
+    """Min-max normalisation of (B, R, p, K) over a region's real cells (R, p, 1); 0 where all are equal."""
+    low = logits.masked_fill(~cells, -LOWEST).amin(2, keepdim=True)
+    high = logits.masked_fill(~cells, LOWEST).amax(2, keepdim=True)
+    # A region without a span, or without a patch, is divided by 1: no infinity may enter the gradient.
+    filled = cells.any(1, keepdim=True)
+    span = torch.where(filled & (high > low), high - low, 1.0)
+    return (logits - low.masked_fill(~filled, 0)) / span
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention of (G, p, C), mask (G, p) of real rows; EPEG when ``epeg_k`` is given."""
 
@@ -140,10 +150,7 @@ class CrossRegionAttention(nn.Module):
         picks = torch.einsum("brpk,brpc->bkrc", combine, regions)  # (B, K, R, C)
         groups = picks.flatten(0, 1)
         exchanged = self.attention(groups, real.any(-1).expand(len(groups), -1)).view_as(picks)
-        low = logits.masked_fill(~cells, -LOWEST).amin(2, keepdim=True)
-        high = logits.masked_fill(~cells, LOWEST).amax(2, keepdim=True)
-        spread = (logits - low) / (high - low).clamp(min=1e-8)
-        dispatch = (logits.softmax(-1) * spread).masked_fill(~cells, 0).to(exchanged.dtype)
+        dispatch = (logits.softmax(-1) * spread(logits, cells)).masked_fill(~cells, 0).to(exchanged.dtype)
         return torch.einsum("brpk,bkrc->brpc", dispatch, exchanged)
 
 
