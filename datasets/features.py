@@ -1,0 +1,199 @@
+"""Pre-extracted features as CLAM, TRIDENT and the published program write them.
+
+pt_files/<slide>.pt   a tensor (N, D)                       (CLAM, the published program)
+h5_files/<slide>.h5   datasets features (N, D), coords (N, 2)  (CLAM)
+<slide>.h5            the same datasets, flat in a folder   (TRIDENT: features_<encoder>/)
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from utils.errors import UserError, did_you_mean
+
+FEATURE_NAMES = ("features", "feats", "feature")
+COORD_NAMES = ("coords", "coordinates")
+PLACES = (("pt_files", ".pt"), ("h5_files", ".h5"), (".", ".pt"), (".", ".h5"))
+"""Folders that are looked into, in this order, and the extension expected there."""
+
+
+class Features(NamedTuple):
+    """Features (N, D) of one slide and the level-0 px corners (N, 2) of their patches, None where not stored."""
+
+    values: torch.Tensor
+    coords: NDArray[np.int64] | None
+
+
+def read_features(path: str | Path) -> Features:
+    """Reads one ``.pt`` or ``.h5`` file.
+
+    A ``.pt`` file is mapped into memory: only what is used is read. A leading axis of length one, as slide
+    encoders write it, is dropped. Half-precision features stay as they are.
+
+    Raises:
+        UserError: no such file, another kind of content, or coordinates of another length.
+    """
+    path = Path(path)
+    if not path.is_file():
+        known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such feature file.{did_you_mean(path.name, known)}")
+    values, coords = _read_h5(path) if path.suffix in (".h5", ".hdf5") else _read_pt(path)
+    if values.ndim == 3 and values.shape[0] == 1:
+        values = values[0]
+    if values.ndim != 2 or not values.is_floating_point():
+        raise UserError(
+            f"{path}: holds {tuple(values.shape)} {values.dtype}, not floating-point features (N, D)."
+        )
+    if coords is not None:
+        coords = coords.reshape(-1, coords.shape[-1])[:, :2]
+        if len(coords) != len(values):
+            raise UserError(f"{path}: has {len(values)} features and {len(coords)} coordinates.")
+    return Features(values, coords)
+
+
+def _read_h5(path: Path) -> tuple[torch.Tensor, NDArray[np.int64] | None]:
+    try:
+        with h5py.File(path, "r") as file:
+            name = next((n for n in FEATURE_NAMES if n in file), None)
+            if name is None:
+                raise UserError(
+                    f"{path}: has no dataset 'features'; it holds {', '.join(file) or 'nothing'}."
+                )
+            corners = next((file[n][:] for n in COORD_NAMES if n in file), None)
+            values = torch.from_numpy(file[name][:])
+    except (OSError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is not a readable HDF5 file of features: {error}") from error
+    return values, None if corners is None else np.asarray(corners, dtype=np.int64)
+
+
+def _read_pt(path: Path) -> tuple[torch.Tensor, NDArray[np.int64] | None]:
+    content = _load_pt(path)
+    if isinstance(content, Mapping):
+        values = next((content[n] for n in FEATURE_NAMES if n in content), None)
+        coords = next((content[n] for n in COORD_NAMES if n in content), None)
+    else:
+        values, coords = content, None
+    if not isinstance(values, torch.Tensor):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a tensor of features (N, D).")
+    return values, None if coords is None else np.asarray(coords, dtype=np.int64)
+
+
+def _load_pt(path: Path) -> Any:
+    try:
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            # Files of torch before 1.6 are no zip archives and cannot be mapped.
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path}: is not a tensor file that can be read safely: {reason}") from error
+
+
+class FeatureFolder:
+    """The features of many slides: a folder with ``pt_files/`` or ``h5_files/``, or the files themselves.
+
+    Attributes:
+        path: what was given.
+        slides: names, sorted.
+
+    Raises:
+        UserError: no such folder, or no feature file in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise UserError(f"{self.path}: there is no such feature folder.")
+        for folder, suffix in PLACES:
+            files = sorted((self.path / folder).glob(f"*{suffix}"))
+            if files:
+                break
+        else:
+            raise UserError(
+                f"{self.path}: holds no features. Expected pt_files/*.pt, h5_files/*.h5, or .pt or .h5 files in it."
+            )
+        self._files = {file.stem: file for file in files}
+        self.slides = list(self._files)
+        self.counts: Mapping[str, int] = _Counts(self)
+
+    def __repr__(self) -> str:
+        return f"FeatureFolder({str(self.path)!r}: {len(self.slides)} slides)"
+
+    def file(self, slide: str) -> Path:
+        """The file of a slide; raises UserError for an unknown one."""
+        try:
+            return self._files[slide]
+        except KeyError:
+            hint = did_you_mean(slide, self.slides)
+            raise UserError(
+                f"{self.path}: no features of slide {slide!r} among {len(self.slides)}.{hint}"
+            ) from None
+
+    def read(self, slide: str) -> torch.Tensor:
+        """(N, D) features; for ``.pt`` files mapped into memory."""
+        return read_features(self.file(slide)).values
+
+    def coords(self, slide: str) -> NDArray[np.int64] | None:
+        """(N, 2) level-0 px corners: from the file, else from ``h5_files/`` or ``patches/`` beside it; None
+        if nowhere.
+
+        Raises:
+            UserError: unknown slide, or a damaged file.
+        """
+        found = read_features(self.file(slide)).coords
+        beside = self.path / "h5_files" / f"{slide}.h5"
+        if found is None and beside.is_file() and beside != self.file(slide):
+            found = read_features(beside).coords
+        return found
+
+    @property
+    def width(self) -> int:
+        """D, from the first file."""
+        return _shape(self.file(self.slides[0]))[1]
+
+
+class _Counts(Mapping[str, int]):
+    """Patches per slide, read when asked for: a cohort may have thousands of files on a slow disk."""
+
+    def __init__(self, folder: FeatureFolder) -> None:
+        self._folder = folder
+        self._known: dict[str, int] = {}
+
+    def __getitem__(self, slide: str) -> int:
+        if slide not in self._known:
+            if slide not in self._folder._files:
+                raise KeyError(slide)
+            self._known[slide] = _shape(self._folder.file(slide))[0]
+        return self._known[slide]
+
+    def __iter__(self) -> Any:
+        return iter(self._folder.slides)
+
+    def __len__(self) -> int:
+        return len(self._folder.slides)
+
+    def __contains__(self, slide: object) -> bool:
+        return slide in self._folder._files
+
+
+def _shape(path: Path) -> tuple[int, int]:
+    """(N, D) without reading the values where the format allows it."""
+    if path.suffix in (".h5", ".hdf5"):
+        try:
+            with h5py.File(path, "r") as file:
+                name = next((n for n in FEATURE_NAMES if n in file), None)
+                if name is not None and file[name].ndim >= 2:
+                    return int(file[name].shape[-2]), int(file[name].shape[-1])
+        except (OSError, AttributeError) as error:
+            raise UserError(f"{path}: is not a readable HDF5 file of features: {error}") from error
+    values = read_features(path).values
+    return int(values.shape[0]), int(values.shape[1])
