@@ -13,19 +13,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.features import FeatureFolder
 from datasets.jpeg import JpegError, decode
 from datasets.labels import Sample
 from datasets.store import PatchStore
 from datasets.views import ViewPlan, share_per_chunk
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets.features import FeatureFolder
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Bags:
         index: position of each bag's sample in its split.
         target: (B,) tensors by name, as the task needs them.
         draws: (P, 8) views of training patches, on the CPU (see datasets.views); None: whole patches.
-        keep: (P,) bool, False for duplicates that only the encoder sees; None: all take part.
+        keep: (P,) bool in host memory, False for duplicates that only the encoder sees; None: all take part.
         last: in evaluation, whether this part completes its bag.
     """
 
@@ -51,12 +53,11 @@ class Bags:
     last: bool = True
 
     def to(self, device: torch.device) -> Bags:
-        """A copy with instances, targets and mask on ``device``; draws stay where they are read."""
+        """A copy with instances and targets on ``device``; draws and keep stay in host memory, where they are read."""
         return dataclasses.replace(
             self,
             instances=self.instances.to(device, non_blocking=True),
             target={k: v.to(device, non_blocking=True) for k, v in self.target.items()},
-            keep=None if self.keep is None else self.keep.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> Bags:
@@ -257,8 +258,8 @@ class EvalParts(Dataset[Bags]):
 
 
 def as_target(target: Mapping[str, float]) -> dict[str, Tensor]:
-    """(1,) tensors: int64 for labels and events, float32 for times."""
-    return {k: torch.tensor([v], dtype=torch.float32 if k == "time" else torch.int64) for k, v in target.items()}
+    """(1,) tensors: int64 for labels and events, float64 for times."""
+    return {k: torch.tensor([v], dtype=torch.float64 if k == "time" else torch.int64) for k, v in target.items()}
 
 
 def collate(items: Sequence[Bags], crop_groups: int = 0) -> Bags:

@@ -32,7 +32,20 @@ class DataConfig:
     datasets: str = option("panda", "task key: panda, brca, nsclc, call, bio*, surv_*, or any name of your own")
     classes: str | None = option(None, "class names in order, comma separated, for a data set of your own")
     missing: str = option("error", "what to do when a labelled slide is not in the store", ("error", "drop"))
-    val_ratio: float = option(0.0, "share taken from the training part as validation; 0: validation is the test set")
+    val_ratio: float | None = option(
+        None,
+        "share of the training part taken as validation (csv without a split column: share taken as test); 0: validation "
+        "is the test set; default: the csv's val rows, else the test set",
+    )
+    bag_level: str = option(
+        "auto", "one bag per slide or per patient; auto: slide, or case for survival", ("auto", "slide", "case")
+    )
+    surv_bins: str = option(
+        "train",
+        "survival bins: cut on the training rows of each fold, or the published way (a Label column as it is, else "
+        "quartiles of the whole table)",
+        ("train", "published"),
+    )
     fold_start: int = option(0, "first fold to run")
     cv_fold: int = option(5, "folds; 1 for a single run on the csv's own split")
     val2test: bool = option(False, "append validation rows to test; validation then equals test")
@@ -157,6 +170,11 @@ class RunConfig:
     project: str = option("default", "folder inside output_path")
     title: str = option("default", "folder inside project")
     script_mode: str = option("all", "train and test, or one of them", ("all", "test", "no_test"))
+    resume: str = option(
+        "auto",
+        "auto: go on where a run with the same options in the same folder stopped; never: start anew and replace its files",
+        ("auto", "never"),
+    )
     log_iter: int = option(100, "steps between two lines of the log")
     save_iter: int = option(-1, "keep a checkpoint every n epochs; -1: only best and last")
     wandb: bool = option(False, "also log to Weights & Biases")

@@ -65,11 +65,9 @@ def processes(device: str = "auto", timeout_minutes: int = 30) -> Iterator[Proce
         backend = "nccl" if place.type == "cuda" else "gloo"
         options = {"device_id": place} if place.type == "cuda" else {}
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **options)
-    try:
-        yield Processes(rank, world, place)
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
+    yield Processes(rank, world, place)
+    if world > 1:  # not behind an exception: the peers would be waited for, and torchrun is about to end them
+        dist.destroy_process_group()
 
 
 def _place(device: str, local_rank: int) -> torch.device:

@@ -1,0 +1,137 @@
+"""Which bags go where, in which order: the training stream and the evaluation shards."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from datasets.bags import Bags, EvalParts, TrainBags, collate
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """How batches are prepared.
+
+    Attributes:
+        workers: reading processes; 0 reads in the training process.
+        prefetch: batches that each worker keeps ready.
+        pin: page-locked memory for copies to a GPU.
+        crop_groups: see ``datasets.bags.collate``.
+    """
+
+    workers: int = 0
+    prefetch: int = 2
+    pin: bool = False
+    crop_groups: int = 0
+
+
+class TrainStream(Sampler[list[tuple[int, int]]]):
+    """The batches of all epochs of one rank, as lists of (epoch, position).
+
+    An epoch is one shuffle of the samples, a function of (seed, epoch). Step k takes the k-th run of
+    ``world * batch_size`` samples; each rank takes its slice of it, so one process with batch N * b sees what N
+    processes with batch b see. The stream does not end between epochs: workers prepare the next epoch while the
+    device evaluates.
+
+    Args:
+        count: training samples.
+        batch_size: bags per process and step.
+        rank, world: this process among its peers.
+        seed: base of the shuffles.
+        drop_last: leave out the last incomplete batch; otherwise it is taken, filled up over several processes with
+            samples from the start of the shuffle.
+        epochs: first epoch and the one behind the last.
+        start_step: steps of the first epoch that were done already.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        batch_size: int,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 0,
+        drop_last: bool = True,
+        epochs: tuple[int, int] = (0, 1),
+        start_step: int = 0,
+    ) -> None:
+        self.count, self.batch_size, self.rank, self.world, self.seed = count, batch_size, rank, world, seed
+        self.drop_last, self.epochs, self.start_step = drop_last, epochs, start_step
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"the training split has {count} bags, fewer than one step takes ({world} process(es) x batch_size "
+                f"{batch_size}). Lower --batch_size or the number of processes, or give --no_drop_last."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        step = self.batch_size * self.world
+        return self.count // step if self.drop_last else -(-self.count // step)
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * (self.epochs[1] - self.epochs[0]) - self.start_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for epoch in range(*self.epochs):
+            order = self.shuffle(epoch)
+            begin = self.start_step if epoch == self.epochs[0] else 0
+            for step in range(begin, self.steps_per_epoch):
+                yield [(epoch, p) for p in self._slice(order, step)]
+
+    def shuffle(self, epoch: int) -> list[int]:
+        """The order of the samples in ``epoch``."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.count, generator=generator).tolist()
+
+    def _slice(self, order: list[int], step: int) -> list[int]:
+        size = self.batch_size * self.world
+        batch = order[step * size : (step + 1) * size]
+        if len(batch) == size:
+            return batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+        missing = -len(batch) % self.world
+        batch = batch + (order * self.world)[:missing]
+        share = len(batch) // self.world
+        return batch[self.rank * share : (self.rank + 1) * share]
+
+
+def train_loader(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -> DataLoader[Bags]:
+    """Batches of the training stream; workers live as long as the iterator."""
+    return DataLoader(
+        bags,
+        batch_sampler=stream,  # type: ignore[arg-type]
+        collate_fn=functools.partial(collate, crop_groups=options.crop_groups),
+        num_workers=options.workers,
+        prefetch_factor=options.prefetch if options.workers else None,
+        pin_memory=options.pin,
+        worker_init_fn=quiet_worker,
+    )
+
+
+def eval_loader(parts: EvalParts, options: LoaderOptions, keep_workers: bool = False) -> DataLoader[Bags]:
+    """The parts of an evaluation, in order, one at a time."""
+    return DataLoader(
+        parts,
+        batch_size=None,
+        num_workers=options.workers,
+        prefetch_factor=options.prefetch if options.workers else None,
+        pin_memory=options.pin,
+        worker_init_fn=quiet_worker,
+        persistent_workers=keep_workers and options.workers > 0,
+    )
+
+
+def quiet_worker(number: int) -> None:
+    """Leaves the log to the training process: a reading process says only what is wrong."""
+    logging.disable(logging.INFO)
+
+
+def shard(count: int, rank: int, world: int) -> Sequence[int]:
+    """The contiguous share of ``count`` bags that one rank evaluates: every bag once, no padding."""
+    return range(count * rank // world, count * (rank + 1) // world)

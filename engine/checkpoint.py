@@ -1,0 +1,91 @@
+"""Checkpoints: written atomically, read without running code, named without prefixes."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.model import bare_name
+from utils.errors import UserError
+from utils.files import atomic_path
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a checkpoint of tensors, numbers, text, lists and dictionaries."""
+    with atomic_path(path) as temporary:
+        torch.save(dict(content), temporary)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Reads a checkpoint to the CPU.
+
+    Raises:
+        UserError: when the file is missing, is no checkpoint, or holds more than data.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: there is no such checkpoint. Train first, or check --output_path, --project, --title.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: this file cannot be read as a checkpoint of plain data ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a dictionary of weights, found {type(content).__name__}")
+    return content
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) -> None:
+    """Loads a state dict strictly; prefixes of DDP and compile are removed, a bare MIL head's names are accepted.
+
+    Raises:
+        UserError: naming what is missing, unexpected or of another shape.
+    """
+    own = model.state_dict()
+    given = {bare_name(k): v for k, v in weights.items()}
+    if not any(k.startswith(("mil.", "encoder.")) for k in given):
+        given = {f"mil.{k}": v for k, v in given.items()}
+    missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    shapes = [f"{k} {tuple(given[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
+              if k in given and given[k].shape != v.shape]
+    if missing or unexpected or shapes:
+        parts = [f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+                 for what, names in (("missing", missing), ("unexpected", unexpected), ("shape", shapes)) if names]
+        raise UserError(f"{source}: the weights do not fit the model ({'; '.join(parts)}). Give the options it was trained with.")
+    model.load_state_dict(given)
+
+
+MAY_DIFFER = {
+    "num_workers",
+    "num_workers_test",
+    "prefetch_factor",
+    "pin_memory",
+    "resume",
+    "script_mode",
+    "log_iter",
+    "save_iter",
+    "wandb",
+    "device",
+    "output_path",
+    "num_bootstrap",
+    "always_test",
+}
+"""Options that change neither the weights nor the chosen epoch, so a run may go on with other values."""
+
+
+def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuses to go on from a checkpoint of a run with other options.
+
+    Raises:
+        UserError: naming the options that differ.
+    """
+    differing = [k for k in {**stored, **now} if k not in MAY_DIFFER and stored.get(k) != now.get(k)]
+    if differing:
+        listing = ", ".join(f"{k} {stored.get(k)!r} -> {now.get(k)!r}" for k in sorted(differing))
+        raise UserError(
+            f"{path} belongs to a run with other options ({listing}). Give another --title, the same options to go on, "
+            "or --resume=never to start anew and replace its files."
+        )

@@ -1,0 +1,79 @@
+"""Scores of every bag of a split: each bag once, in parts of bounded size, shared out over the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from datasets.bags import Bags
+from datasets.views import Renderer
+from engine.learner import Precision
+from modules.model import SlideModel
+from utils.dist import Processes
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says about a split.
+
+    Attributes:
+        index: (N,) positions in the split, ascending.
+        logits: (N, K) float32.
+        target: (N,) tensors by name.
+    """
+
+    index: Tensor
+    logits: Tensor
+    target: dict[str, Tensor]
+
+    @classmethod
+    def join(cls, parts: Iterable[Predictions]) -> Predictions:
+        """The predictions of all shards in the order of the split."""
+        present = [p for p in parts if len(p.index)]
+        index = torch.cat([p.index for p in present])
+        order = index.argsort()
+        target = {k: torch.cat([p.target[k] for p in present])[order] for k in present[0].target}
+        return cls(index[order], torch.cat([p.logits for p in present])[order], target)
+
+
+@torch.inference_mode()
+def predict(
+    model: SlideModel,
+    loader: Iterable[Bags],
+    renderer: Renderer | None,
+    precision: Precision,
+    processes: Processes,
+) -> Predictions:
+    """Evaluates the bags that ``loader`` gives this process and joins the results of all processes.
+
+    Parts of a bag are encoded as they come; only their features wait for the rest of the bag, so memory does not grow
+    with the number of patches but by their features.
+    """
+    model.eval()
+    features: list[Tensor] = []
+    index: list[int] = []
+    logits: list[Tensor] = []
+    targets: list[dict[str, Tensor]] = []
+    for host_bags in loader:
+        bags = host_bags.to(processes.device)
+        with precision.autocast():
+            inputs = bags.instances if renderer is None else renderer(bags.instances)
+            features.append(model.encode(inputs))
+            if not bags.last:
+                continue
+            whole = torch.cat(features)
+            bag_logits, _ = model.aggregate(whole, [len(whole)])
+        logits.append(bag_logits.float())
+        index += bags.index
+        targets.append(host_bags.target)
+        features.clear()
+    names = targets[0] if targets else {}
+    own = Predictions(
+        torch.tensor(index, dtype=torch.int64),
+        torch.cat(logits).cpu() if logits else torch.empty(0),
+        {k: torch.cat([t[k] for t in targets]) for k in names},
+    )
+    return Predictions.join(processes.gather(own))

@@ -1,0 +1,155 @@
+"""A whole run: all folds, then the summary in ``results.json``."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+
+from datasets.label_report import describe as describe_cohort
+from datasets.label_report import write_split
+from engine.bootstrap import bootstrap, summarise
+from engine.fold import FoldResult, FoldRun
+from engine.records import NoTracker, Records, WandbTracker, environment, run_folder
+from engine.setup import Setup, prepare
+from engine.tasks import Task
+from utils.config import Config
+from utils.dist import Processes
+from utils.log import duration, set_up_logging
+from utils.seed import seed_all
+
+log = logging.getLogger(__name__)
+
+
+def check(config: Config) -> None:
+    """Reads and checks everything that a run would read, prints the split cards, and trains nothing."""
+    setup = prepare(config)
+    show_cohort(setup)
+    log.info("Everything that the run reads is in order.")
+
+
+def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any]:
+    """Trains and tests every fold.
+
+    Args:
+        config: the options.
+        processes: this process among its peers.
+        notes: sentences from reading the options, for the log.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        UserError: for faults in what the user gave, before the first epoch wherever possible.
+    """
+    begin = time.perf_counter()
+    set_precision(config)
+    setup = prepare(config)
+    records = open_records(config, processes)
+    for note in notes:
+        log.info("%s", note)
+    show_cohort(setup)
+    results = []
+    for fold in setup.cohort.folds:
+        fold_run = FoldRun(setup, fold, processes, records)
+        if processes.is_main:
+            write_split(fold, records.folder / f"fold_{fold.index}_split.csv")
+        if config.run.script_mode != "test":
+            fold_run.train()
+        if config.run.script_mode != "no_test":
+            results.append(fold_run.test())
+    summary = summary_of(setup, results, fold_run.task) if results else {}
+    summary["seconds"] = time.perf_counter() - begin
+    records.json("results.json", summary)
+    if processes.is_main and results:
+        show_summary(summary, fold_run.task)
+        log.info("Results are in %s (%s).", records.folder, duration(summary["seconds"]))
+    records.tracker.finish()
+    return summary
+
+
+def set_precision(config: Config) -> None:
+    """Settings of torch that hold for the whole process."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.deterministic = config.train.determ
+    torch.backends.cudnn.benchmark = not config.train.determ
+    if config.train.deter_algo:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    seed_all(config.train.seed)
+
+
+def open_records(config: Config, processes: Processes) -> Records:
+    """The run's folder with its configuration; the log goes there too."""
+    folder = run_folder(config.run)
+    records = Records(folder, processes.is_main)
+    records.start(config, {"processes": processes.world, "device": str(processes.device)})
+    set_up_logging(processes.rank, folder / "log.txt")
+    if config.run.wandb and processes.is_main:
+        records.tracker = WandbTracker(config, folder)
+    else:
+        records.tracker = NoTracker()
+    return records
+
+
+def show_cohort(setup: Setup) -> None:
+    """Logs the classes, the notes and the split card of every fold."""
+    cohort = setup.cohort
+    log.info("%s: %s", cohort.task, ", ".join(f"{i} = {name}" for i, name in enumerate(cohort.class_names)))
+    for note in cohort.notes:
+        log.info("%s", note)
+    for fold in cohort.folds:
+        log.info("fold %d\n%s", fold.index, cohort.card(fold, setup.sources.slides))
+
+
+def summary_of(setup: Setup, results: list[FoldResult], task: Task) -> dict[str, Any]:
+    """Everything that a person or a script wants to know of a finished run."""
+    names = list(results[0].test)
+    return {
+        "task": task.name,
+        "classes": list(setup.cohort.class_names),
+        "selection": {"metric": task.selection, "split": sorted({r.fold.selection for r in results})},
+        "folds": [
+            {"fold": r.fold.index, "seed": r.fold.seed, "epochs": r.epochs, "selected_on": r.fold.selection, "test": r.test}
+            for r in results
+        ],
+        "summary": {
+            name: summarise([{k: v["value"] for k, v in r.test[name]["metrics"].items()} for r in results]) for name in names
+        },
+        "pooled": {name: pooled(results, name, task, setup.config.eval.num_bootstrap) for name in names},
+        "config": setup.config.flat(),
+        "cohort": describe_cohort(setup.cohort),
+        "stores": setup.sources.fingerprints,
+        "environment": environment(),
+    }
+
+
+def pooled(results: list[FoldResult], name: str, task: Task, resamples: int) -> dict[str, Any] | None:
+    """Metrics over the test predictions of all folds together; None when a bag is tested in more than one fold."""
+    ids = [r.fold.test[int(i)].id for r in results for i in r.predictions[name].index]
+    if len(results) < 2 or len(set(ids)) < len(ids):
+        return None
+    parts = [r.predictions[name] for r in results]
+    target = {k: torch.cat([p.target[k] for p in parts]) for k in parts[0].target}
+    estimates = bootstrap(task.statistics(torch.cat([p.logits for p in parts]), target), resamples=resamples)
+    return {"metrics": estimates.as_dict(), "notes": estimates.notes}
+
+
+def show_summary(summary: dict[str, Any], task: Task) -> None:
+    """Logs the test metrics, and plainly which split chose the epochs."""
+    for name, metrics in summary["summary"].items():
+        several = len(summary["folds"]) > 1
+        text = ", ".join(
+            f"{k} {v['mean']:.4f}" + (f" +- {v['sd']:.4f}" if several else "")
+            for k, v in metrics.items()
+            if not math.isnan(v["mean"])
+        )
+        what = f"mean +- sd over {len(summary['folds'])} folds: " if several else ""
+        log.info("test, %s weights: %s%s", name, what, text)
+    if "test" in summary["selection"]["split"]:
+        log.info(
+            "The epoch was chosen by %s on the TEST set (validation equals test), so these numbers are optimistic.",
+            task.selection,
+        )

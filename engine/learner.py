@@ -1,0 +1,168 @@
+"""The part of a run that learns: model, EMA, optimiser, schedule, scaler, and one training step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets.bags import Bags
+from datasets.views import Renderer
+from engine.optim import build_optimizer, build_schedule
+from engine.tasks import Task
+from modules.model import SlideModel, bare_state_dict
+from utils.config import TrainConfig
+from utils.dist import Processes
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Mixed precision of forward passes; losses and metrics are computed in float32 whatever is chosen here."""
+
+    device: str
+    dtype: torch.dtype | None
+
+    @classmethod
+    def choose(cls, options: TrainConfig, device: torch.device) -> Precision:
+        """bf16 where the device has it, else fp16; on a CPU always bf16."""
+        if not options.amp:
+            return cls(device.type, None)
+        if device.type == "cpu":
+            return cls("cpu", torch.bfloat16)
+        name = options.amp_dtype
+        if name == "auto":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        return cls("cuda", {"bf16": torch.bfloat16, "fp16": torch.float16}[name])
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(self.device, self.dtype) if self.dtype else contextlib.nullcontext()
+
+    @property
+    def needs_scaling(self) -> bool:
+        return self.dtype == torch.float16
+
+
+class Learner:
+    """Holds everything that training changes and does one step at a time.
+
+    Args:
+        model: on its device already.
+        task: loss and labels.
+        renderer: patches to encoder input; None for features.
+        options: optimiser, schedule, precision, EMA.
+        processes: this process among its peers.
+        with_ema: keep an exponential moving average of the weights.
+    """
+
+    def __init__(
+        self,
+        model: SlideModel,
+        task: Task,
+        renderer: Renderer | None,
+        options: TrainConfig,
+        processes: Processes,
+        with_ema: bool,
+    ) -> None:
+        self.task, self.renderer, self.options, self.processes = task, renderer, options, processes
+        self.precision = Precision.choose(options, processes.device)
+        cuda = processes.device.type == "cuda"
+        if options.sync_bn and processes.world > 1 and cuda:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model: SlideModel = model
+        self.ema = ModelEmaV3(model, decay=options.mm) if with_ema else None
+        self.optimizer = build_optimizer(model.parameters(), options, fused=cuda)
+        self.schedule = build_schedule(self.optimizer, options)
+        self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.precision.needs_scaling)
+        self.loss_weights = _loss_weights(model, options)
+        if options.torchcompile and model.encoder is not None:
+            model.encoder.compile()
+        self.wrapped: nn.Module = model
+        if processes.world > 1:
+            ids = [processes.device.index] if cuda else None
+            self.wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+    @property
+    def lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self, bags: Bags, divide_by: int, update: bool) -> Tensor:
+        """Forward and backward of one batch, and the update of the weights at the end of a group of batches.
+
+        Args:
+            bags: one batch, in host memory.
+            divide_by: batches in the group, which share one update.
+            update: whether this batch ends its group.
+
+        Returns:
+            The batch's loss, a detached scalar on the device.
+        """
+        bags = bags.to(self.processes.device)
+        hold = contextlib.nullcontext() if update or self.wrapped is self.model else self.wrapped.no_sync()
+        with hold:
+            loss = self._loss(bags)
+            self.scaler.scale(loss / divide_by).backward()
+        if update:
+            self._update()
+        return loss.detach()
+
+    def _loss(self, bags: Bags) -> Tensor:
+        inputs = bags.instances if self.renderer is None else self.renderer(bags.instances, bags.draws)
+        criterion: Callable[[Tensor, Tensor], Tensor] = self.task.criterion
+        with self.precision.autocast():
+            logits, aux = self.wrapped(inputs, bags.sizes, bags.keep, self.task.labels(bags.target), criterion)
+        main_weight, aux_weight = self.loss_weights
+        loss = main_weight * self.task.loss(logits.float(), bags.target)
+        return loss if aux is None else loss + aux_weight * aux.float()
+
+    def _update(self) -> None:
+        if self.options.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(self.model)
+
+    def end_epoch(self, epoch: int) -> None:
+        """Advances the schedule behind ``epoch`` (counted from 0)."""
+        if self.schedule is not None:
+            self.schedule.step(epoch + 1)
+
+    def weights(self) -> dict[str, SlideModel]:
+        """The sets of weights that can be evaluated: main, and ema where there is one."""
+        return {"main": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a continued run needs from here, with prefix-free names."""
+        return {
+            "model": bare_state_dict(self.model),
+            "teacher": bare_state_dict(self.ema.module) if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "lr_sche": self.schedule.state_dict() if self.schedule is not None else None,
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from ``state_dict()`` of a run with the same options."""
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["lr_sche"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def _loss_weights(model: SlideModel, options: TrainConfig) -> tuple[float, float]:
+    main, aux = model.loss_weights
+    return (
+        main if options.main_alpha is None else options.main_alpha,
+        aux if options.aux_alpha is None else options.aux_alpha,
+    )

@@ -1,0 +1,122 @@
+"""What a person sees while a run works: a bar on a terminal, plain lines otherwise, and where the time goes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class LossMeter:
+    """Mean loss of an epoch, without waiting for the device, and a stop when a loss is not finite.
+
+    A step's loss is looked at when the next step is under way, so the device never idles.
+    """
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._count = 0
+        self._last: tuple[Tensor, list[str]] | None = None
+
+    def add(self, loss: Tensor, bags: list[str]) -> None:
+        """Takes the loss of one step over the bags with these names."""
+        self.check()
+        self._last = (loss, bags)
+        self._sum = loss.clone() if self._sum is None else self._sum + loss
+        self._count += 1
+
+    def check(self) -> None:
+        """Raises UserError with the names of the bags when the last loss was NaN or infinite."""
+        if self._last is None:
+            return
+        value, bags = float(self._last[0]), self._last[1]
+        self._last = None
+        if value != value or abs(value) == float("inf"):
+            raise UserError(
+                f"the loss became {value} on the bags {', '.join(bags)}. Look at their patches or features; if they are "
+                "sound, lower --lr, or give --clip_grad=1, --amp_dtype=bf16 or no --amp."
+            )
+
+    def total(self) -> tuple[float, int]:
+        """Sum of the losses and number of steps."""
+        self.check()
+        return (0.0 if self._sum is None else float(self._sum)), self._count
+
+
+class Meter:
+    """Throughput and the share of time spent waiting for data."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+        self.waited = 0.0
+        self.instances = 0
+
+    def wait(self, stream: Iterator[Any]) -> Any:
+        """The next batch, counting the time until it is there."""
+        begin = time.perf_counter()
+        batch = next(stream)
+        self.waited += time.perf_counter() - begin
+        self.instances += sum(batch.sizes)
+        return batch
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+    @property
+    def rate(self) -> float:
+        """Instances per second."""
+        return self.instances / max(self.seconds, 1e-9)
+
+    @property
+    def data_share(self) -> float:
+        """Share of the time spent waiting for data."""
+        return self.waited / max(self.seconds, 1e-9)
+
+
+class Bar:
+    """Steps of an epoch: a tqdm bar on a terminal, a log line every ``every`` steps otherwise.
+
+    Args:
+        label: what stands in front, for example "fold 1/3  epoch 12/75".
+        total: steps of the epoch.
+        every: steps between two lines where there is no terminal.
+        active: whether this process speaks.
+    """
+
+    def __init__(self, label: str, total: int, every: int, active: bool) -> None:
+        self.label, self.total, self.every, self.active = label, total, every, active
+        self._bar: Any = None
+        if active and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=label, unit="step", leave=False, dynamic_ncols=True)
+
+    def step(self, done: int, meter: Meter) -> None:
+        """Shows that ``done`` steps are finished."""
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{meter.rate:.0f} patch/s  data {meter.data_share:.0%}", refresh=False)
+            self._bar.update(1)
+        elif self.active and done % self.every == 0 and done < self.total:
+            log.info("%s  step %d/%d  %s", self.label, done, self.total, speed(meter))
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def speed(meter: Meter) -> str:
+    """``312 patch/s  data 8%  mem 17.2G``; memory only on a GPU."""
+    text = f"{meter.rate:.0f} patch/s  data {meter.data_share:.0%}"
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        text += f"  mem {torch.cuda.max_memory_allocated() / 2**30:.1f}G"
+    return text

@@ -1,0 +1,147 @@
+"""What a run leaves behind: its folder, the configuration as run, metrics per epoch, predictions, results."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import yaml
+
+from utils.config import Config, RunConfig
+from utils.files import atomic_path, json_safe, write_json, write_text
+
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "lmdb", "scikit-survival", "scikit-learn", "h5py")
+
+
+class Tracker(Protocol):
+    """Where numbers go besides the run folder."""
+
+    def log(self, values: Mapping[str, Any]) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class NoTracker:
+    """Tracks nothing."""
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Drops the values."""
+
+    def finish(self) -> None:
+        """Does nothing."""
+
+
+class WandbTracker:
+    """Weights & Biases, imported only when asked for. It never touches the working tree."""
+
+    def __init__(self, config: Config, folder: Path) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=config.run.project, name=config.run.title, config=config.flat(), dir=str(folder), save_code=False
+        )
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        self.run.log(dict(values))
+
+    def finish(self) -> None:
+        self.run.finish()
+
+
+def run_folder(options: RunConfig) -> Path:
+    """``output_path/project/title``."""
+    return Path(options.output_path) / options.project / options.title
+
+
+class Records:
+    """Writes the files of one run; on ranks other than 0 nothing is written.
+
+    Args:
+        folder: the run's folder, made when missing.
+        active: whether this process writes.
+        tracker: where numbers go besides.
+    """
+
+    def __init__(self, folder: Path, active: bool, tracker: Tracker | None = None) -> None:
+        self.folder, self.active = folder, active
+        self.tracker = tracker or NoTracker()
+        if active:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self, config: Config, facts: Mapping[str, Any]) -> None:
+        """Writes ``config.yaml`` (usable with ``-c``) and ``environment.json``."""
+        if self.active:
+            write_text(self.folder / "config.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
+            write_json(self.folder / "environment.json", {**environment(), **facts})
+
+    def epoch(self, fold: int, values: Mapping[str, Any]) -> None:
+        """Appends one line to ``metrics.jsonl`` and tells the tracker."""
+        if self.active:
+            line = json.dumps(json_safe({"fold": fold, **values}), allow_nan=False)
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            self.tracker.log({f"{fold}-fold/{k}": v for k, v in values.items()})
+
+    def forget(self, fold: int, from_epoch: int) -> None:
+        """Removes the lines of a fold from ``from_epoch`` on: they are about to be written again."""
+        path = self.folder / "metrics.jsonl"
+        if self.active and path.is_file():
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+            kept = [line for line in lines if line["fold"] != fold or line["epoch"] < from_epoch]
+            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+        """Writes a csv file."""
+        if self.active:
+            with atomic_path(self.folder / name) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(header)
+                writer.writerows(rows)
+
+    def json(self, name: str, value: Any) -> None:
+        """Writes a JSON file."""
+        if self.active:
+            write_json(self.folder / name, value)
+
+    def text(self, name: str, text: str) -> None:
+        """Writes a text file."""
+        if self.active:
+            write_text(self.folder / name, text)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware, command line and the program's git state."""
+    root = Path(__file__).resolve().parent.parent
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "git_hash": _git(root, "rev-parse", "HEAD"),
+        "git_changed": bool(_git(root, "status", "--porcelain")),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(root: Path, *words: str) -> str | None:
+    try:
+        answer = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip()

@@ -1,0 +1,122 @@
+"""The model of a slide: an optional patch encoder and a MIL head, joined over bags of unequal length.
+
+Shapes: B bags, P instances of all bags one behind another, N instances of the longest bag, D feature width, K outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class SlideModel(nn.Module):
+    """Encoder and MIL head; without an encoder the instances are features already.
+
+    Args:
+        mil: ``mil(x (B, N, D), mask (B, N) or None) -> (B, K)``.
+        encoder: ``encoder(patches (P, 3, H, W)) -> (P, D)``; None for features.
+        chunk: patches per encoder call in training. BatchNorm statistics are those of one call.
+        freeze_encoder: keep the encoder in eval mode and without gradients.
+    """
+
+    def __init__(
+        self, mil: nn.Module, encoder: nn.Module | None = None, chunk: int = 512, freeze_encoder: bool = False
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mil = mil
+        self.chunk = chunk
+        self.freeze_encoder = freeze_encoder and encoder is not None
+        if self.freeze_encoder and encoder is not None:
+            encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SlideModel:
+        super().train(mode)
+        if self.freeze_encoder and self.encoder is not None:
+            self.encoder.eval()
+        return self
+
+    @property
+    def loss_weights(self) -> tuple[float, float]:
+        """Weights of bag loss and auxiliary loss that the head asks for; (1, 0) for a head without one."""
+        return getattr(self.mil, "loss_weights", (1.0, 0.0))
+
+    def forward(
+        self,
+        instances: Tensor,
+        sizes: Sequence[int],
+        keep: Tensor | None = None,
+        target: Tensor | None = None,
+        criterion: Criterion | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores a batch of bags.
+
+        Args:
+            instances: (P, 3, H, W) patches or (P, D) features, bag by bag.
+            sizes: instances of each bag; they add up to P.
+            keep: (P,) bool in host memory; False leaves an encoded instance out of the MIL head.
+            target: (B,) labels, for heads with an auxiliary loss.
+            criterion: loss of (B, K) logits against (B,) labels, for the same.
+
+        Returns:
+            Logits (B, K), and the auxiliary loss or None.
+        """
+        return self.aggregate(self.encode(instances), sizes, keep, target, criterion)
+
+    def encode(self, instances: Tensor) -> Tensor:
+        """Features (P, D) of the instances, ``chunk`` patches per encoder call."""
+        if self.encoder is None:
+            return instances
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            if len(instances) <= self.chunk:
+                return self.encoder(instances)
+            return torch.cat([self.encoder(part) for part in instances.split(self.chunk)])
+
+    def aggregate(
+        self,
+        features: Tensor,
+        sizes: Sequence[int],
+        keep: Tensor | None = None,
+        target: Tensor | None = None,
+        criterion: Criterion | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits of bags whose features (P, D) are given; arguments as in ``forward``."""
+        if keep is not None:
+            sizes = [int(k.sum()) for k in keep.split(list(sizes))]
+            features = features[keep.nonzero().squeeze(1).to(features.device, non_blocking=True)]
+        x, mask = pad(features, sizes)
+        if target is not None and criterion is not None and hasattr(self.mil, "forward_with_aux"):
+            return self.mil.forward_with_aux(x, mask, target, criterion)
+        return self.mil(x, mask), None
+
+
+def pad(features: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    """Splits (P, D) features into bags: (B, N, D) and a mask (B, N), or no mask when all bags are equally long."""
+    longest = max(sizes)
+    if min(sizes) == longest:
+        return features.view(len(sizes), longest, -1), None
+    x = nn.utils.rnn.pad_sequence(list(features.split(list(sizes))), batch_first=True)  # (B, N, D)
+    lengths = torch.tensor(sizes, device=features.device)
+    return x, torch.arange(longest, device=features.device) < lengths.unsqueeze(1)
+
+
+def bare_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights without the prefixes that DDP and compile put in front of their names."""
+    return {bare_name(k): v for k, v in model.state_dict().items()}
+
+
+def bare_name(name: str) -> str:
+    """``module.encoder._orig_mod.model.conv1.weight`` -> ``encoder.model.conv1.weight``."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+def average_buffers(model: nn.Module) -> None:
+    """Replaces floating-point buffers (BatchNorm statistics) by their mean over all processes."""
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            torch.distributed.all_reduce(buffer)
+            buffer.div_(torch.distributed.get_world_size())
