@@ -18,6 +18,8 @@ Shapes: B bags, N instances, C input width, E = ``inner_dim``, m heads of width 
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,64 +38,78 @@ SCORERS = ("mlp", "mlp_gated")
 
 _FUSED_ALIGNMENT = 8  # fused CUDA kernels read head widths in multiples of eight numbers
 _FLASH_WIDEST = 256  # the widest head of the flash kernel
+_HALF = (torch.float16, torch.bfloat16)
+_BACKENDS = {
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    "memo_effi": [SDPBackend.EFFICIENT_ATTENTION],
+}
 
 
-def propagate(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str = "torch"
-) -> Tensor:
-    """``softmax_rows(q k^T * scale) v`` for a V of one channel (the product U A of Equation 4).
+def propagate(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str = "torch") -> Tensor:
+    """``softmax_rows(q k^T * scale) v`` with one number v per instance: the product U A of Equation 4.
 
     Args:
-        q: (B, m, N, d).
-        k: (B, m, N, d).
-        v: (B, m, N, 1), one number per instance.
+        qk: (B, N, m, 2, d), Q at index 0 and K at index 1.
+        v: (B, m, N).
         mask: (B, N), True where there is an instance, or None: all are there. Absent instances get no weight.
-        scale: factor on q k^T.
+        scale: factor on q k^T, positive.
         kernel: one of ``KERNELS``; "math" and "torch_math" build the N x N matrix, the others do not.
 
     Returns:
-        (B, m, N, 1).
+        (B, m, N), in float32 or wider.
     """
+    if kernel == "torch" and qk.is_cuda and _has_own_kernel(qk.device.index, qk.dtype, qk.shape[-1]):
+        present = None if mask is None else mask.contiguous()
+        return torch.ops.abmilx.attention_plus(qk, v.float().contiguous(), present, scale)[0]
+    q, k = (t.transpose(1, 2) for t in qk.unbind(3))
+    column = v.unsqueeze(-1).to(q.dtype)
     keys = None if mask is None else mask[:, None, None, :]
-    if kernel in ("math", "torch_math"):
-        return _plain(q, k, v, keys, scale)
-    q, k, v = _pad_heads(q, k, v, masked=keys is not None)
-    backends = _backends(kernel, q)
-    if backends is None:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale)
-    else:
-        with sdpa_kernel(backends):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale)
-    return out[..., :1]
+    attend = _plain if kernel in ("math", "torch_math") else _fused
+    out = attend((q, k, column), keys, scale, kernel)
+    return out[..., 0].to(torch.promote_types(out.dtype, torch.float32))
 
 
-def _plain(q: Tensor, k: Tensor, v: Tensor, keys: Tensor | None, scale: float) -> Tensor:
+@torch.compiler.assume_constant_result
+@functools.cache
+def _has_own_kernel(device: int | None, dtype: torch.dtype, width: int) -> bool:
+    """Whether the Triton kernels for a V of one channel can run; importing them registers their operator."""
+    if dtype not in _HALF or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        module = importlib.import_module(f"{__package__ or 'modules'}.attention_plus_triton")
+    except ImportError:  # this file was copied alone, or Triton is not installed
+        return False
+    return width in module.WIDTHS
+
+
+def _plain(qkv: tuple[Tensor, Tensor, Tensor], keys: Tensor | None, scale: float, kernel: str) -> Tensor:
     """The published form, with the (B, m, N, N) matrix in memory."""
+    q, k, v = qkv
     logits = (q @ k.transpose(-2, -1)) * scale
     if keys is not None:
         logits = logits.masked_fill(~keys, float("-inf"))
-    return logits.softmax(dim=-1) @ v
+    return logits.softmax(dim=-1).to(v.dtype) @ v
 
 
-def _pad_heads(q: Tensor, k: Tensor, v: Tensor, masked: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Widens the heads with zeros, which change no value, to widths that a fused kernel takes."""
+def _fused(qkv: tuple[Tensor, Tensor, Tensor], keys: Tensor | None, scale: float, kernel: str) -> Tensor:
+    """Torch's fused attention, on heads widened with zeros (no value changes) to what its kernels take."""
+    q, k, v = qkv
     width = q.shape[-1]
     if q.is_cuda:
         width = -(-width // _FUSED_ALIGNMENT) * _FUSED_ALIGNMENT
-        q, k = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k))
+        q, k = _widen(q, width), _widen(k, width)
         # Flash wants V as wide as Q, half precision and no mask; the memory-efficient kernel does not.
-        flash = q.dtype in (torch.float16, torch.bfloat16) and not masked and width <= _FLASH_WIDEST
+        flash = q.dtype in _HALF and keys is None and width <= _FLASH_WIDEST and kernel != "memo_effi"
         width = width if flash else _FUSED_ALIGNMENT
-    return q, k, F.pad(v, (0, width - 1))
-
-
-def _backends(kernel: str, q: Tensor) -> list[SDPBackend] | None:
-    """The backends that ``kernel`` allows; None leaves the choice to torch."""
+    v = _widen(v, width)
     if kernel == "torch" or not q.is_cuda:
-        return None
-    if kernel == "flash" and q.dtype in (torch.float16, torch.bfloat16):
-        return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    return [SDPBackend.EFFICIENT_ATTENTION]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale)
+    with sdpa_kernel(_BACKENDS[kernel]):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale)
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
 class ScoreMLP(nn.Module):
@@ -140,20 +156,17 @@ class AttentionPlus(nn.Module):
         self.v = nn.Linear(1, 1, bias=False)
 
     def forward(self, features: Tensor, scores: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Features (B, N, E) and raw scores (B, m, N, 1) to refined scores (B, m, N, 1)."""
-        q, k = self._queries_keys(features)
-        return scores + propagate(q, k, self.v(scores).to(q.dtype), mask, self.scale, self.kernel)
+        """Features (B, N, E) and raw scores (B, m, N) to refined scores (B, m, N)."""
+        v = self.v(scores.unsqueeze(-1)).squeeze(-1)
+        return scores + propagate(self._queries_keys(features), v, mask, self.scale, self.kernel)
 
-    def _queries_keys(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, N, E) to Q and K, each (B, m, N, d)."""
+    def _queries_keys(self, features: Tensor) -> Tensor:
+        """(B, N, E) to Q and K, (B, N, m, 2, d)."""
         bags, count, _ = features.shape
         if self.full_width:
-            qk = self.qk(self.norm_x(features)).view(bags, count, 2, self.heads, -1)
-            q, k = qk.unbind(2)
-        else:
-            heads = features.view(bags, count, self.heads, -1)
-            q, k = self.qk(self.norm_x(heads)).chunk(2, dim=-1)
-        return q.transpose(1, 2), k.transpose(1, 2)
+            return self.qk(self.norm_x(features)).view(bags, count, 2, self.heads, -1).transpose(2, 3)
+        heads = features.view(bags, count, self.heads, -1)
+        return self.qk(self.norm_x(heads)).unflatten(-1, (2, -1))
 
 
 class FeedForward(nn.Module):
@@ -288,10 +301,11 @@ class DAttentionX(nn.Module):
         """
         x, mask = self._check(x, mask)
         act = self._project(x, mask)
-        attention = self._scores(act, mask).float().softmax(dim=-2).transpose(-2, -1)  # (B, m, 1, N)
+        scores = self._scores(act, mask)
+        attention = scores.to(torch.promote_types(scores.dtype, torch.float32)).softmax(dim=-1)  # (B, m, N)
         bag = self._pool(act, attention)
         logits = self.classifier(bag)
-        extras = ([attention.squeeze(-2)] if return_attn else []) + ([act] if return_act else [])
+        extras = ([attention] if return_attn else []) + ([act] if return_act else [])
         first = [logits, bag] if return_img_feat else logits
         return (first, *extras) if extras else first
 
@@ -325,19 +339,20 @@ class DAttentionX(nn.Module):
         return self.feature[1:](x)
 
     def _scores(self, act: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, N, E) -> refined scores (B, m, N, 1), minus infinity where there is no instance."""
+        """(B, N, E) -> refined scores (B, m, N), minus infinity where there is no instance."""
         if self.full_width:
-            scores = self.attention(act).transpose(1, 2).unsqueeze(-1)
+            scores = self.attention(act).transpose(1, 2)
         else:
-            scores = self.attention(act.unflatten(-1, (self.n_heads, -1))).transpose(1, 2)
+            scores = self.attention(act.unflatten(-1, (self.n_heads, -1))).squeeze(-1).transpose(1, 2)
         if self.attn_plus_fn is not None:
             scores = self.attn_plus_fn(act, scores, mask)
-        return scores if mask is None else scores.masked_fill(~mask[:, None, :, None], float("-inf"))
+        return scores if mask is None else scores.masked_fill(~mask[:, None, :], float("-inf"))
 
     def _pool(self, act: Tensor, attention: Tensor) -> Tensor:
-        """Instances (B, N, E) under attention (B, m, 1, N) to bag features (B, E)."""
+        """Instances (B, N, E) under attention (B, m, N) to bag features (B, E)."""
         heads = act.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)  # (B, m, N, d)
-        bag = self.proj_drop(self.proj((attention.to(heads.dtype) @ heads).flatten(1)))
+        bag = attention.unsqueeze(-2).to(heads.dtype) @ heads  # (B, m, 1, d)
+        bag = self.proj_drop(self.proj(bag.flatten(1)))
         if self.mlp is not None:
             bag = bag + self.mlp(_batch_norm(self.norm_ffn, bag))
         return _batch_norm(self.norm1, bag)
