@@ -137,7 +137,7 @@ class Matcher:
                     )
 
     def near(self, name: str) -> list[str]:
-        """Up to three like names: the same but for case, zeros in front or a longer end, or alike in spelling."""
+        """Up to three like names: but for case, zeros in front or a longer end, or alike in spelling."""
         plain = stem(name).lower().lstrip("0")
         alike = [n for n in self.names if stem(n).lower().lstrip("0") == plain]
         starts = [n for n in self.names if n.startswith(stem(name)) or (len(n) > 3 and name.startswith(n))]

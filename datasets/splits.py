@@ -22,7 +22,7 @@ MOST_PATIENTS = 10
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of one fold; ``val`` is ``test`` if ``selection`` is "test"; ``divided`` is False after a fault."""
+    """The rows of one fold; ``val`` is ``test`` if ``selection`` is "test"; not ``divided`` after a fault."""
 
     train: tuple[Row, ...]
     val: tuple[Row, ...]

@@ -1,0 +1,1 @@
+"""Label files: the accepted forms (README.md), examples, and builders from public tables."""
