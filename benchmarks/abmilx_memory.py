@@ -247,7 +247,7 @@ def model_rows() -> Iterable[tuple[int, str, torch.dtype | None, int]]:
 
 
 def model() -> None:
-    print(print("\n# whole DAttentionX(1024 -> 512, 8 heads): eval, then training (forward + backward)"))
+    print("\n# whole DAttentionX(1024 -> 512, 8 heads): eval, then training (forward + backward)")
     for count, kernel, dtype, bags in model_rows():
         for norm in (None, "ln") if count == 100_000 and kernel == "torch" else (None,):
             label = f"{bags} x {count} {kernel} {str(dtype or torch.float32)[6:]} norm={norm}"
