@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Job:
     target_px: int | None
     requested_mpp: float | None
     resolved_mpp: float | None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def natural_px(self) -> int:
@@ -66,9 +67,9 @@ class Job:
         return digest.hexdigest()[:16]
 
     def source(self) -> dict[str, Any]:
-        """What the store records of the slide file."""
+        """What the store records of the slide file and of its levels."""
         stat = self.slide.stat()
-        return {"file": self.slide.name, "bytes": stat.st_size, "modified": int(stat.st_mtime)}
+        return {"file": self.slide.name, "bytes": stat.st_size, "modified": int(stat.st_mtime), **self.facts}
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def make_plan(csv_path: Path, h5_dir: Path, slide_dir: Path, slide_ext: str | No
         h5 = folder / f"{name}.h5"
         if name in seen:
             faults.add(f"{seen[name]} and {slide_id} would both be slide {name!r}; rename one")
-        elif not h5.is_file():
-            skipped.append((slide_id, f"no coordinates ({h5})"))
+        elif not h5.is_file() and not (h5 := folder / f"{name}_patches.h5").is_file():
+            skipped.append((slide_id, f"no coordinates ({folder / name}.h5)"))
         else:
             try:
                 jobs.append(_job(name, slide_dir / file, h5))
@@ -160,22 +161,47 @@ def _job(name: str, slide: Path, h5: Path) -> Job:
             count, width = coords.shape
     except (OSError, KeyError, ValueError, AttributeError) as error:
         raise UserError(f"{h5}: is not a coordinates file with a dataset 'coords' (N, 2): {error}") from error
-    missing = [key for key in ("patch_size", "patch_level") if key not in attributes]
-    if width != 2 or missing:
-        what = f"lacks the attributes {', '.join(missing)}" if missing else f"has {width} columns, not 2"
-        raise UserError(f"{h5}: its dataset coords {what}. Write it again with CLAM/create_patches_fp.py.")
-    target = _number(attributes, "target_patch_size_px")
+    if width != 2:
+        raise UserError(f"{h5}: its dataset coords has {width} columns, not 2 (x, y).")
+    size, level, target = _geometry(h5, attributes)
     return Job(
         name=name,
         slide=slide,
         h5=h5,
         count=int(count),
-        patch_size_px=int(attributes["patch_size"]),
-        level=int(attributes["patch_level"]),
-        target_px=None if target is None else int(target),
+        patch_size_px=size,
+        level=level,
+        target_px=target,
         requested_mpp=_number(attributes, "requested_mpp"),
         resolved_mpp=_number(attributes, "resolved_mpp"),
+        facts=_facts(attributes),
     )
+
+
+def _geometry(h5: Path, attributes: Mapping[str, Any]) -> tuple[int, int, int | None]:
+    """Side to read, level to read at, and side after resizing or None; from the attributes of CLAM or of TRIDENT.
+
+    TRIDENT gives the side at its target magnification and the side in level-0 px, which is then what is read.
+    """
+    size, target = _number(attributes, "patch_size"), _number(attributes, "target_patch_size_px")
+    if size is not None and "patch_level" in attributes:
+        return int(size), int(attributes["patch_level"]), None if target is None else int(target)
+    level0_size = _number(attributes, "patch_size_level0")
+    if size is not None and level0_size is not None:
+        return int(level0_size), 0, int(size)
+    raise UserError(
+        f"{h5}: its dataset coords lacks the attributes patch_size and patch_level (CLAM) or patch_size_level0 "
+        "(TRIDENT). Write it again with CLAM/create_patches_fp.py."
+    )
+
+
+def _facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """The level's geometry, for the h5 files that ``python -m datasets.store export`` writes."""
+    facts: dict[str, Any] = {"level0_mpp": _number(attributes, "level0_mpp")}
+    for name, key, kind in (("downsample", "downsample", float), ("level_dimensions_px", "level_dim", int)):
+        value = np.ravel(attributes.get(key, ()))
+        facts[name] = [kind(v) for v in value] if len(value) == 2 else None
+    return {name: value for name, value in facts.items() if value is not None}
 
 
 def _number(attributes: dict[str, Any], key: str) -> float | None:

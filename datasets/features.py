@@ -26,7 +26,7 @@ PLACES = (("pt_files", ".pt"), ("h5_files", ".h5"), (".", ".pt"), (".", ".h5"))
 
 
 class Features(NamedTuple):
-    """Features (N, D) of one slide and the level-0 px corners (N, 2) of their patches, None where not stored."""
+    """Features (N, D) of one slide, and the level-0 px corners (N, 2) of their patches or None."""
 
     values: torch.Tensor
     coords: NDArray[np.int64] | None
@@ -119,7 +119,8 @@ class FeatureFolder:
                 break
         else:
             raise UserError(
-                f"{self.path}: holds no features. Expected pt_files/*.pt, h5_files/*.h5, or .pt or .h5 files in it."
+                f"{self.path}: holds no features. Expected pt_files/*.pt, h5_files/*.h5, or "
+                "such files in the folder itself."
             )
         self._files = {file.stem: file for file in files}
         self.slides = list(self._files)

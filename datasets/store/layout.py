@@ -13,6 +13,7 @@ from utils.errors import UserError
 FORMAT_VERSION = 1
 KEYS, LEN, SLIDES, COUNTS = b"__keys__", b"__len__", b"__slide__", b"__pn__"
 HEADER, PENDING, LISTED = b"__header__", b"__pending__", b"__listed__"
+RECORDS = (KEYS, LEN, SLIDES, COUNTS, HEADER, PENDING, LISTED)
 # Header fields that may differ between slides of one store.
 MERGED = ("level", "patch_size_px")
 # LMDB allows keys of 511 bytes; the longest of ours is "__coords__/" + name, or name + "-" + index.

@@ -163,6 +163,20 @@ class PatchStore:
         text = "\n".join(f"{slide}\t{self.counts[slide]}" for slide in sorted(self.slides))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @contextmanager
+    def transaction(self) -> Iterator[Any]:
+        """A read transaction on a store of one file, for tools that look at its entries."""
+        if len(self.files) != 1:
+            raise UserError(f"{self.path}: has {len(self.files)} files; look at them one by one.")
+        with self._transaction(0) as txn:
+            yield txn
+
+    def __enter__(self) -> PatchStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Lets go of the files; a later read opens them again."""
         self._envs = {}

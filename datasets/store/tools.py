@@ -1,0 +1,161 @@
+"""Stores from stores: merge, subset, and export to files that CLAM and TRIDENT read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets.store.layout import SlideInfo, StoreHeader
+from datasets.store.reader import PatchStore
+from datasets.store.writer import StoreWriter
+from utils.errors import Faults, UserError, did_you_mean
+from utils.files import atomic_path
+
+log = logging.getLogger(__name__)
+
+READ_PATCHES = 256
+LAYOUTS = ("clam", "trident")
+
+
+def merge(target: Path, sources: Sequence[Path]) -> int:
+    """Copies all slides of several stores into one; gives the number of slides copied.
+
+    Raises:
+        UserError: the stores were made differently, or a slide is in two of them.
+    """
+    stores = [PatchStore(source) for source in sources]
+    faults = Faults(f"{target}: the stores cannot be merged")
+    owner: dict[str, Path] = {}
+    for store in stores:
+        for difference in header_of(stores[0]).differences(header_of(store)):
+            faults.add(f"{store.path} has {difference} as in {stores[0].path}")
+        for slide in store.slides:
+            if slide in owner:
+                faults.add(f"slide {slide!r} is in {owner[slide]} and in {store.path}")
+            owner[slide] = store.path
+    faults.raise_if_any()
+    return sum(copy_slides(store, target, store.slides) for store in stores)
+
+
+def subset(source: Path, target: Path, slides: Sequence[str]) -> int:
+    """Copies some slides into a store of their own.
+
+    Raises:
+        UserError: a slide is not in the source; all that are missing are listed.
+    """
+    store = PatchStore(source)
+    check_slides(store, slides)
+    return copy_slides(store, target, slides)
+
+
+def check_slides(store: PatchStore, slides: Iterable[str]) -> None:
+    """Refuses names that are not in the store, all at once."""
+    faults = Faults(str(store.path))
+    for slide in slides:
+        if slide not in store.counts:
+            faults.add(f"no slide {slide!r}.{did_you_mean(slide, store.slides)}")
+    faults.raise_if_any()
+
+
+def header_of(store: PatchStore) -> StoreHeader:
+    """The header, or for a published store what can be known of it."""
+    return store.header or StoreHeader(image_size_px=store.image_size_px)
+
+
+def copy_slides(store: PatchStore, target: Path, slides: Sequence[str]) -> int:
+    """Copies slides that the target lacks, JPEGs as they are; continues where it was stopped."""
+    if any(file.resolve() == target.resolve() for file in store.files):
+        raise UserError(f"{target}: is also a source. Give another name for the result.")
+    with StoreWriter(target, header_of(store)) as writer:
+        for slide in slides:
+            if slide not in writer.finished:
+                info = store.info(slide) or SlideInfo()
+                writer.put_slide(slide, _jpegs(store, slide), store.coords(slide), info)
+                log.info("%s: %d patches of slide %s", target, store.counts[slide], slide)
+    return len(slides)
+
+
+def _jpegs(store: PatchStore, slide: str) -> Iterator[bytes]:
+    count = store.counts[slide]
+    for start in range(0, count, READ_PATCHES):
+        yield from store.read(slide, range(start, min(start + READ_PATCHES, count)))
+
+
+def export(source: Path, folder: Path, slides: Sequence[str] | None = None, layout: str = "clam") -> int:
+    """Writes ``imgs/<slide>/<i>.jpg`` and, where coordinates are known, h5 files; gives the number of slides.
+
+    Args:
+        source: the store.
+        folder: output.
+        slides: which; default: all.
+        layout: ``clam`` names the h5 files ``patches/<slide>.h5``, ``trident``
+            ``patches/<slide>_patches.h5``. Both hold ``coords`` with the attributes of both programs.
+
+    Raises:
+        UserError: a slide is not in the store.
+    """
+    store = PatchStore(source)
+    chosen = store.slides if slides is None else list(slides)
+    check_slides(store, chosen)
+    for slide in chosen:
+        images = folder / "imgs" / slide
+        images.mkdir(parents=True, exist_ok=True)
+        for index, data in enumerate(_jpegs(store, slide)):
+            (images / f"{index}.jpg").write_bytes(data)
+        suffix = "_patches.h5" if layout == "trident" else ".h5"
+        _export_coords(store, slide, folder / "patches" / f"{slide}{suffix}")
+        log.info("%s: %d patches of slide %s", folder, store.counts[slide], slide)
+    return len(chosen)
+
+
+def _export_coords(store: PatchStore, slide: str, path: Path) -> None:
+    coords = store.coords(slide)
+    if coords is None:
+        log.warning(
+            "%s: the store has no coordinates of slide %s, so no h5 file is written", store.path, slide
+        )
+        return
+    import h5py
+
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        data = file.create_dataset("coords", data=coords, maxshape=(None, 2), chunks=(max(len(coords), 1), 2))
+        for name, value in coords_attributes(
+            slide, store.info(slide) or SlideInfo(), store.image_size_px
+        ).items():
+            data.attrs[name] = value
+
+
+def coords_attributes(slide: str, info: SlideInfo, image_size_px: int) -> dict[str, Any]:
+    """What CLAM (``patch_size``, ``patch_level``, ...) and TRIDENT (``patch_size_level0``, ...) look for.
+
+    TRIDENT's magnifications are 10 um/px over the um/px; they are left out where that is unknown.
+    """
+    source = info.source
+    downsample = source.get("downsample") or ([1.0, 1.0] if info.level == 0 else None)
+    facts: dict[str, Any] = {
+        "name": slide,
+        "patch_size": info.patch_size_px or image_size_px,
+        "patch_level": info.level,
+        "downsample": downsample,
+        "target_patch_size_px": image_size_px,
+        "resolved_mpp": info.mpp,
+        "level_dim": source.get("level_dimensions_px"),
+        "downsampled_level_dim": source.get("level_dimensions_px"),
+        "overlap": 0,
+        "level0_mpp": source.get("level0_mpp"),
+    }
+    if downsample and info.patch_size_px:
+        facts["patch_size_level0"] = round(info.patch_size_px * downsample[0])
+    if source.get("level0_mpp"):
+        facts["level0_magnification"] = round(10 / source["level0_mpp"])
+    if info.mpp:
+        facts["target_magnification"] = round(10 / info.mpp)
+    if downsample and source.get("level_dimensions_px"):
+        width, height = source["level_dimensions_px"]
+        facts["level0_width"], facts["level0_height"] = (
+            round(width * downsample[0]),
+            round(height * downsample[1]),
+        )
+    return {name: value for name, value in facts.items() if value is not None}

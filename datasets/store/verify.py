@@ -1,0 +1,109 @@
+"""Whether a store is whole: every listed patch is there, decodes, and has the size that the header says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import jpeg
+from datasets.store import layout, safe_pickle
+from datasets.store.reader import PatchStore
+from utils.errors import UserError
+
+CHUNK_PATCHES = 1000
+
+
+@dataclass
+class Report:
+    """What was checked and what is wrong with it."""
+
+    patches: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def verify(path: str | Path, workers: int = 1) -> Report:
+    """Decodes every patch, over several processes.
+
+    Raises:
+        UserError: the store cannot be opened at all.
+    """
+    store = PatchStore(path)
+    report = Report(patches=len(store), faults=list(_metadata_faults(store)))
+    chunks = list(_chunks(store))
+    if workers <= 1 or len(chunks) == 1:
+        found = [_check_chunk(store, *chunk) for chunk in chunks]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            found = list(pool.map(_check_chunk, [store] * len(chunks), *zip(*chunks, strict=True)))
+    for faults in found:
+        report.faults += faults
+    return report
+
+
+def _chunks(store: PatchStore) -> Iterator[tuple[str, int, int]]:
+    for slide in store.slides:
+        count = store.counts[slide]
+        for start in range(0, count, CHUNK_PATCHES):
+            yield slide, start, min(start + CHUNK_PATCHES, count)
+
+
+def _check_chunk(store: PatchStore, slide: str, start: int, stop: int) -> list[str]:
+    expected = store.header.image_size_px if store.header else None
+    faults = []
+    for index in range(start, stop):
+        try:
+            image = jpeg.decode(store.read(slide, [index])[0])
+        except UserError as error:
+            message = str(error)
+            faults.append(message if slide in message else f"patch {index} of slide {slide!r}: {message}")
+            continue
+        if expected and image.shape[:2] != (expected, expected):
+            size = f"{image.shape[1]} x {image.shape[0]}"
+            faults.append(f"patch {index} of slide {slide!r} has {size} px, the header says {expected}")
+    return faults
+
+
+def _metadata_faults(store: PatchStore) -> Iterator[str]:
+    """Lists that disagree, coordinates of another length, and patches that no list mentions."""
+    for slide in store.slides:
+        try:
+            store.coords(slide)
+        except UserError as error:
+            yield str(error)
+    for file in store.files:
+        yield from _file_faults(file)
+    # LMDB must not open a file twice; the readers below open it again.
+    store.close()
+
+
+def _file_faults(file: Path) -> Iterator[str]:
+    with PatchStore(file) as alone, alone.transaction() as txn:
+        total = len(alone)
+        listed = txn.get(layout.LEN)
+        if listed is None or safe_pickle.load_count(listed) != total:
+            yield f"{file}: __len__ is not {total}, the sum of __pn__"
+        if not _keys_agree(txn.get(layout.KEYS), alone):
+            yield (
+                f"{file}: __keys__ does not list the {total} patches (the writer was killed). Run "
+                "CLAM/save_patches.py again to complete it; our readers do not use it"
+            )
+        extra = txn.stat()["entries"] - total - _count_records(txn, alone.slides)
+        if alone.header is not None and extra > 0:
+            yield f"{file}: {extra} entries of slides in work (the writer was killed, or is still writing)"
+
+
+def _keys_agree(value: bytes | None, store: PatchStore) -> bool:
+    if value is None:
+        return False
+    if value == layout.pickle_keys((slide, store.counts[slide]) for slide in store.slides):
+        return True
+    return safe_pickle.load_names(value) == [f"{s}-{i}" for s in store.slides for i in range(store.counts[s])]
+
+
+def _count_records(txn: Any, slides: list[str]) -> int:
+    """Entries that are no patches."""
+    keys = [*layout.RECORDS, *map(layout.info_key, slides), *map(layout.coords_key, slides)]
+    return sum(txn.get(key) is not None for key in keys)
