@@ -96,20 +96,21 @@ class FoldBuilder:
         rows = draft.table.rows
         bins = {row.number: bin_of(row.time or 0.0, edges) for row in rows}
         if "label" in draft.table.columns and edges:
-            bins = self._stored_bins(draft.table, bins)
+            bins = self._stored_bins(draft, bins)
         return {
             row.number: {"label": bins[row.number], "time": row.time or 0.0, "event": row.event or 0}
             for row in rows
         }
 
-    def _stored_bins(self, table: Table, bins: dict[int, int]) -> dict[int, int]:
+    def _stored_bins(self, draft: Draft, bins: dict[int, int]) -> dict[int, int]:
         """The csv's Label column under bins "published"; else ``bins`` and a note on how many differ."""
+        table = draft.table
         texts = {str(i): i for i in range(self.options.n_bins)}
         stored = {row.number: texts.get((row.label or "").removesuffix(".0"), -1) for row in table.rows}
         differ = sum(stored[number] != bins[number] for number in bins)
         if self.options.bins != "published":
             self.notes.append(
-                f"{table.name}: the Label column is not used; bins are cut on the training rows, and "
+                f"{draft.where}: the Label column is not used; bins are cut on the training rows, and "
                 f"{differ} of {len(bins)} Labels differ from them. --surv_bins=published uses the column."
             )
             return bins

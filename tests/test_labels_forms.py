@@ -46,6 +46,11 @@ def test_byte_order_mark_crlf_blank_lines_and_capitals_change_nothing(tmp_path: 
     assert fingerprint(load(tmp_path, odd, "abcde")) == fingerprint(load(tmp_path, FOUR, "abcde"))
 
 
+def test_byte_order_mark_does_not_hide_the_first_column(tmp_path: Path) -> None:
+    text = "ID,Label,Split\na,IDC,train\nb,ILC,train\nc,IDC,test\n"
+    assert fingerprint(load(tmp_path, "\ufeff" + text, "abc")) == fingerprint(load(tmp_path, text, "abc"))
+
+
 def test_id_label_split_with_further_columns(tmp_path: Path) -> None:
     text = "Site,ID,Label,Split,Note\nx,a,IDC,train,1\nx,b,ILC,TRAIN,\nx,d,IDC,Test,\n"
     cohort = load(tmp_path, text, "abd")
