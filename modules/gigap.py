@@ -109,14 +109,15 @@ def attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, keys: Tensor) -> tuple[Ten
 
 
 class Dilation:
-    """One branch over sequences of length N: which rows each head sees, and the way there and back."""
+    """One branch over tensors like (B, H, N, d): which rows each head sees, and the way there and back."""
 
-    def __init__(self, count: int, n_heads: int, segment: int, ratio: int) -> None:
+    def __init__(self, like: Tensor, segment: int, ratio: int) -> None:
+        n_heads, count = like.shape[1:3]
         self.count, self.ratio = count, ratio
         self.segment = min(segment, count)
         self.segments = -(-count // self.segment)
         self.rows = -(-self.segment // ratio)  # m: rows that a head sees of a segment
-        self.heads = torch.arange(n_heads)
+        self.heads = torch.arange(n_heads, device=like.device)
         self.offsets = self.heads % ratio
 
     def take(self, x: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ def dilated_attention(q: Tensor, k: Tensor, v: Tensor, branches: tuple[tuple[int
     outs, sums = [], []
     ones = q.new_ones(1, q.shape[1], q.shape[2], 1)
     for segment, ratio in branches:
-        branch = Dilation(q.shape[2], q.shape[1], segment, ratio)
+        branch = Dilation(q, segment, ratio)
         seen = branch.take(q * q.shape[-1] ** -0.5)
         keys = (branch.take(ones) > 0).expand(*seen.shape[:-1], 1)
         flat = [part.flatten(0, 2) for part in (seen, branch.take(k), branch.take(v), keys)]

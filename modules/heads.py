@@ -33,8 +33,8 @@ def attention_weights(
 ) -> Tensor:
     """The attention (B, heads, N) of any head that has one, summing to 1 over the patches.
 
-    ``DAttentionX`` keeps a layer under the name ``attention``, as its published weights do, so it is asked through
-    ``return_attn`` instead. Raises UserError for a head without attention.
+    ``DAttentionX`` keeps a layer under the name ``attention``, as its published weights do, so it is asked
+    through ``return_attn`` instead. Raises UserError for a head without attention.
     """
     method = getattr(head, "attention", None)
     if isinstance(method, nn.Module):

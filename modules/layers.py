@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
+BLOCK_PATCHES = 2**16
+"""Patches whose scores' hidden layer exists at a time in evaluation: 96 MiB at width 384 in float32."""
+
 Criterion = Callable[[Tensor, Tensor], Tensor]
 """The engine's bag loss: logits (B, K) and target indices (B,) to a scalar."""
 
@@ -191,7 +194,10 @@ class AttentionScores(nn.Module):
         self.score = nn.Linear(hidden, heads, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Patches (B, N, C) to scores (B, heads, N)."""
+        """Patches (B, N, C) to scores (B, heads, N), a block of patches at a time."""
+        return torch.cat([self._score(block) for block in x.split(BLOCK_PATCHES, 1)], 2)
+
+    def _score(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.value(x))
         if self.gate is not None:
             hidden = hidden * torch.sigmoid(self.gate(x))
