@@ -179,7 +179,7 @@ def _job(name: str, slide: Path, h5: Path) -> Job:
 
 
 def _geometry(h5: Path, attributes: Mapping[str, Any]) -> tuple[int, int, int | None]:
-    """Side to read, level to read at, and side after resizing or None; from the attributes of CLAM or of TRIDENT.
+    """Side to read, its level, and side after resizing or None; from the attributes of CLAM or TRIDENT.
 
     TRIDENT gives the side at its target magnification and the side in level-0 px, which is then what is read.
     """
@@ -190,8 +190,8 @@ def _geometry(h5: Path, attributes: Mapping[str, Any]) -> tuple[int, int, int | 
     if size is not None and level0_size is not None:
         return int(level0_size), 0, int(size)
     raise UserError(
-        f"{h5}: its dataset coords lacks the attributes patch_size and patch_level (CLAM) or patch_size_level0 "
-        "(TRIDENT). Write it again with CLAM/create_patches_fp.py."
+        f"{h5}: its dataset coords lacks the attributes patch_size and patch_level (CLAM) or "
+        "patch_size_level0 (TRIDENT). Write it again with CLAM/create_patches_fp.py."
     )
 
 
@@ -204,7 +204,7 @@ def _facts(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def _number(attributes: dict[str, Any], key: str) -> float | None:
+def _number(attributes: Mapping[str, Any], key: str) -> float | None:
     try:
         value = float(attributes[key])
     except (KeyError, TypeError, ValueError):

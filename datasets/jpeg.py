@@ -162,9 +162,8 @@ def backend() -> Backend:
         try:
             chosen: Backend = kind()
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
-            reasons.append(
-                f"{kind.name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-            )
+            reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
+            reasons.append(f"{kind.name}: {reason}")
             continue
         log.info("JPEG codec: %s%s", chosen.name, f" (not {'; not '.join(reasons)})" if reasons else "")
         return chosen

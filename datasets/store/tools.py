@@ -104,13 +104,13 @@ def export(source: Path, folder: Path, slides: Sequence[str] | None = None, layo
         images.mkdir(parents=True, exist_ok=True)
         for index, data in enumerate(_jpegs(store, slide)):
             (images / f"{index}.jpg").write_bytes(data)
-        suffix = "_patches.h5" if layout == "trident" else ".h5"
-        _export_coords(store, slide, folder / "patches" / f"{slide}{suffix}")
+        _export_coords(store, slide, folder / "patches", layout == "trident")
         log.info("%s: %d patches of slide %s", folder, store.counts[slide], slide)
     return len(chosen)
 
 
-def _export_coords(store: PatchStore, slide: str, path: Path) -> None:
+def _export_coords(store: PatchStore, slide: str, folder: Path, trident: bool) -> None:
+    path = folder / f"{slide}{'_patches' if trident else ''}.h5"
     coords = store.coords(slide)
     if coords is None:
         log.warning(
@@ -121,41 +121,52 @@ def _export_coords(store: PatchStore, slide: str, path: Path) -> None:
 
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_dataset("coords", data=coords, maxshape=(None, 2), chunks=(max(len(coords), 1), 2))
-        for name, value in coords_attributes(
-            slide, store.info(slide) or SlideInfo(), store.image_size_px
-        ).items():
+        attributes = trident_attributes if trident else clam_attributes
+        info = store.info(slide) or SlideInfo()
+        for name, value in attributes(slide, info, store.image_size_px).items():
             data.attrs[name] = value
 
 
-def coords_attributes(slide: str, info: SlideInfo, image_size_px: int) -> dict[str, Any]:
-    """What CLAM (``patch_size``, ``patch_level``, ...) and TRIDENT (``patch_size_level0``, ...) look for.
+def clam_attributes(slide: str, info: SlideInfo, image_size_px: int) -> dict[str, Any]:
+    """What CLAM and ``save_patches.py`` look for, as far as it is known."""
+    level_px = info.source.get("level_dimensions_px")
+    return _known(
+        name=slide,
+        patch_size=info.patch_size_px or image_size_px,
+        patch_level=info.level,
+        downsample=_downsample(info),
+        level_dim=level_px,
+        downsampled_level_dim=level_px,
+        target_patch_size_px=image_size_px,
+        resolved_mpp=info.mpp,
+        level0_mpp=info.source.get("level0_mpp"),
+    )
 
-    TRIDENT's magnifications are 10 um/px over the um/px; they are left out where that is unknown.
+
+def trident_attributes(slide: str, info: SlideInfo, image_size_px: int) -> dict[str, Any]:
+    """What TRIDENT looks for, as far as it is known: sides at the target magnification and in level-0 px.
+
+    Its magnifications are 10 um/px over the um/px.
     """
-    source = info.source
-    downsample = source.get("downsample") or ([1.0, 1.0] if info.level == 0 else None)
-    facts: dict[str, Any] = {
-        "name": slide,
-        "patch_size": info.patch_size_px or image_size_px,
-        "patch_level": info.level,
-        "downsample": downsample,
-        "target_patch_size_px": image_size_px,
-        "resolved_mpp": info.mpp,
-        "level_dim": source.get("level_dimensions_px"),
-        "downsampled_level_dim": source.get("level_dimensions_px"),
-        "overlap": 0,
-        "level0_mpp": source.get("level0_mpp"),
-    }
-    if downsample and info.patch_size_px:
-        facts["patch_size_level0"] = round(info.patch_size_px * downsample[0])
-    if source.get("level0_mpp"):
-        facts["level0_magnification"] = round(10 / source["level0_mpp"])
-    if info.mpp:
-        facts["target_magnification"] = round(10 / info.mpp)
-    if downsample and source.get("level_dimensions_px"):
-        width, height = source["level_dimensions_px"]
-        facts["level0_width"], facts["level0_height"] = (
-            round(width * downsample[0]),
-            round(height * downsample[1]),
-        )
+    downsample, mpp, level0_mpp = _downsample(info), info.mpp, info.source.get("level0_mpp")
+    width, height = info.source.get("level_dimensions_px") or (None, None)
+    return _known(
+        name=slide,
+        patch_size=image_size_px,
+        patch_size_level0=round(info.patch_size_px * downsample[0])
+        if downsample and info.patch_size_px
+        else None,
+        level0_magnification=round(10 / level0_mpp) if level0_mpp else None,
+        target_magnification=round(10 / mpp) if mpp else None,
+        overlap=0,
+        level0_width=round(width * downsample[0]) if downsample and width else None,
+        level0_height=round(height * downsample[1]) if downsample and height else None,
+    )
+
+
+def _downsample(info: SlideInfo) -> list[float] | None:
+    return info.source.get("downsample") or ([1.0, 1.0] if info.level == 0 else None)
+
+
+def _known(**facts: Any) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
