@@ -24,8 +24,8 @@ def over_processes(
 ) -> Iterator[tuple[int, R | None]]:
     """Yields (index, function(job)) as jobs finish; the result is None where the worker process died.
 
-    With one worker the jobs run in this process. Otherwise processes are spawned, not forked: image libraries hold
-    threads and handles that do not survive a fork. Jobs and results must be picklable.
+    With one worker the jobs run in this process. Otherwise processes are spawned, not forked: image
+    libraries hold threads and handles that do not survive a fork. Jobs and results must be picklable.
     """
     if workers <= 1 or len(jobs) <= 1:
         for index, job in enumerate(jobs):
@@ -77,13 +77,12 @@ def _pool(workers: int) -> ProcessPoolExecutor:
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(logging.getLogger().level,),
     )
 
 
-def _start_worker(level: int) -> None:
+def _start_worker() -> None:
     import cv2
 
     # One slide per core: OpenCV's own threads would only fight over them.
     cv2.setNumThreads(1)
-    logging.basicConfig(level=level, format="%(levelname)s %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")

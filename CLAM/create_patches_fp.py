@@ -3,7 +3,8 @@
     python CLAM/create_patches_fp.py --source SLIDES --save_dir OUT --patch_size 256 --mpp 0.5 \
         --preset tcga --seg --patch --stitch
 
-Exit status: 0 all slides done, 1 some slide failed (see process_list_autogen.csv), 2 the options are at fault.
+Exit status: 0 all slides done, 1 some slide failed (see process_list_autogen.csv), 2 the options are at
+fault.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import argparse
 import dataclasses
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,20 +22,19 @@ for _folder in (ROOT, ROOT / "CLAM"):
         sys.path.append(str(_folder))
 
 from batch import over_processes, usable_cpus  # noqa: E402
+from cohort_page import write_cohort_page  # noqa: E402
 from magnification import Request  # noqa: E402
+from one_slide import Job, Outcome, Steps, process  # noqa: E402
 from params import PARAM_NAMES, SlideParams, read_preset, typed  # noqa: E402
-from patching import Job, Outcome, Steps, process  # noqa: E402
-from process_list import Row, write_process_list  # noqa: E402
+from process_list import Ledger, Row  # noqa: E402
+from survey import survey, table  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
 from worklist import choose_rows, read_mpp_csv  # noqa: E402
 
 from utils.errors import UserError  # noqa: E402
 
 log = logging.getLogger("create_patches_fp")
-
-LIST_NAME = "process_list_autogen.csv"
-SECONDS_BETWEEN_LISTS = 2.0
-"""The list is rewritten at most this often: with 10,000 slides, a rewrite per slide would be the slowest part."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -171,24 +170,42 @@ def run(args: argparse.Namespace) -> int:
     rows = choose_rows(args, params_of(args))
     todo = [row for row in rows if row.todo]
     jobs = jobs_of(args, todo)
+    findings = survey(jobs)
+    log.info("%s", table(findings))
+    if args.on_error == "fail" and any(f.fault for f in findings):
+        raise UserError("Stopped before work, as --on_error fail asks: slides above cannot be read as asked.")
     for folder in ("patches", "masks", "stitches"):
         (args.save_dir / folder).mkdir(parents=True, exist_ok=True)
-    list_path = args.save_dir / LIST_NAME
-    written = 0.0
-    write_process_list(list_path, rows)
-    with tqdm(total=len(jobs), unit="slide", disable=not sys.stderr.isatty()) as bar:
+    shard = f"_{args.shard.replace('/', 'of')}" if args.shard else ""
+    ledger = Ledger(args.save_dir / f"process_list_autogen{shard}.csv", rows)
+    _work(jobs, todo, ledger, args)
+    ledger.write()
+    page = write_cohort_page(args.save_dir, rows, f"cohort{shard}.html")
+    return _report(todo, ledger.path, page)
+
+
+def _work(jobs: Sequence[Job], todo: Sequence[Row], ledger: Ledger, args: argparse.Namespace) -> None:
+    """Processes the jobs and enters the outcomes into their rows."""
+    with tqdm(total=len(jobs), unit="slide", disable=not sys.stderr.isatty()) as bar, logging_redirect_tqdm():
         for index, result in over_processes(process, jobs, args.workers):
             outcome = result or _died(jobs[index])
             todo[index].take(outcome)
             bar.update()
-            _say(outcome)
-            if time.monotonic() - written > SECONDS_BETWEEN_LISTS:
-                write_process_list(list_path, rows)
-                written = time.monotonic()
+            _say(outcome, f"{bar.n if not bar.disable else sum(r.status != 'tbp' for r in todo)}/{len(jobs)}")
+            ledger.write_now_and_then()
             if outcome.failed and args.on_error == "fail":
-                break
-    write_process_list(list_path, rows)
-    return 1 if any(row.facts.get("reason") for row in todo) else 0
+                log.error("Stopped at the first failure, as --on_error fail asks.")
+                return
+
+
+def _report(todo: Sequence[Row], list_path: Path, page: Path) -> int:
+    """Says how it went; returns the exit status."""
+    failed = [row for row in todo if row.todo]
+    patches = sum(int(row.facts.get("patches") or 0) for row in todo)
+    log.info("%d slides, %d patches; look at %s", len(todo), patches, page)
+    if failed:
+        log.error("%d of %d slides failed or were not done; reasons in %s", len(failed), len(todo), list_path)
+    return 1 if failed else 0
 
 
 def _died(job: Job) -> Outcome:
@@ -196,11 +213,17 @@ def _died(job: Job) -> Outcome:
     return Outcome(job.path.name, "failed", reason, failed=True, params=job.params)
 
 
-def _say(outcome: Outcome) -> None:
+def _say(outcome: Outcome, place: str) -> None:
     if outcome.failed:
-        log.error("%s: %s: %s", outcome.slide_id, outcome.status, outcome.reason)
+        log.error("%s %s: %s: %s", place, outcome.slide_id, outcome.status, outcome.reason)
     else:
-        log.info("%s: %s, %s patches", outcome.slide_id, outcome.status, outcome.facts.get("patches", "-"))
+        log.info(
+            "%s %s: %s, %s patches",
+            place,
+            outcome.slide_id,
+            outcome.status,
+            outcome.facts.get("patches", "-"),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,8 @@
 """TIFF files that OpenSlide does not take (strips, no tiles): read strip by strip, in bounded memory.
 
-A strip is decoded by wrapping its bytes in a one-strip TIFF held in memory, which Pillow's libtiff then reads; so every
-compression of libtiff works (LZW, deflate, JPEG, packbits, none) and never more than a few strips are in memory.
+A strip is decoded by wrapping its bytes in a one-strip TIFF held in memory, which Pillow's libtiff then
+reads; so every compression of libtiff works (LZW, deflate, JPEG, packbits, none) and never more than a few
+strips are in memory.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import io
 import struct
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tifffile
@@ -49,7 +50,7 @@ class FlatTiffSlide(Slide):
         super().__init__(path)
         try:
             self._file = tifffile.TiffFile(str(path))
-            self._page: Any = self._file.pages[0]
+            self._page = cast(Any, self._file.pages[0])
         except (tifffile.TiffFileError, IndexError, struct.error) as error:
             raise UserError(f"{path}: is a damaged TIFF: {error}") from error
         width, height = int(self._page.imagewidth), int(self._page.imagelength)
@@ -73,8 +74,10 @@ class FlatTiffSlide(Slide):
         page = self._page
         if page.bitspersample != 8 or page.samplesperpixel not in (1, 3, 4) or page.planarconfig != 1:
             raise UserError(
-                f"{self.path}: {page.samplesperpixel} samples of {page.bitspersample} bits (planar configuration "
-                f"{page.planarconfig}); flat TIFFs must have 1, 3 or 4 interleaved samples of 8 bits. Convert it."
+                f"{self.path}: {page.samplesperpixel} samples of {page.bitspersample} bits (planar "
+                f"configuration "
+                f"{page.planarconfig}); flat TIFFs must have 1, 3 or 4 interleaved samples of 8 "
+                f"bits. Convert it."
             )
 
     def _is_plain_rgb(self) -> bool:
@@ -151,7 +154,7 @@ def one_strip_tiff(page: Any, data: bytes, size_px: tuple[int, int]) -> bytes:
         if tag is not None:
             entries[tag.code] = _entry(tag.value)
     padding = b"\0" * (len(data) % 2)
-    directory = _directory(entries, 8 + len(data) + len(padding))
+    directory = tiff_directory(entries, 8 + len(data) + len(padding))
     return struct.pack("<2sHI", b"II", 42, 8 + len(data) + len(padding)) + data + padding + directory
 
 
@@ -161,7 +164,7 @@ def _entry(value: Any) -> tuple[int, tuple[int, ...] | bytes]:
     return 3, tuple(int(v) for v in np.atleast_1d(value))
 
 
-def _directory(entries: dict[int, tuple[int, tuple[int, ...] | bytes]], offset: int) -> bytes:
+def tiff_directory(entries: dict[int, tuple[int, tuple[int, ...] | bytes]], offset: int) -> bytes:
     """The image file directory (IFD) at ``offset``, long values behind it."""
     extra_offset = offset + 2 + 12 * len(entries) + 4
     head, extra = struct.pack("<H", len(entries)), b""

@@ -1,9 +1,10 @@
 """Which corners of a regular grid become patches: exact, vectorised contour tests on whole numbers.
 
-The contour rules are those of published-behaviour section 12: OpenCV's ``pointPolygonTest`` on integer polygons. A
-point-by-point test costs (points x vertices); here each polygon edge is cut with the grid's rows once, and the parity
-of the cuts to the right of every grid point follows from one cumulative sum. All arithmetic is on 64-bit integers, so
-the answer, "on the contour" included, is the one of OpenCV (tests/test_grid.py compares them).
+The contour rules are those of published-behaviour section 12: OpenCV's ``pointPolygonTest`` on integer
+polygons. A point-by-point test costs (points x vertices); here each polygon edge is cut with the grid's
+rows once, and the parity of the cuts to the right of every grid point follows from one cumulative sum. All
+arithmetic is on 64-bit integers, so the answer, "on the contour" included, is the one of OpenCV
+(tests/test_grid.py compares them).
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ class Region:
 
 
 class Lattice(NamedTuple):
-    """The numbers start, start + step, ... (count of them)."""
+    """The numbers start, start + step, ... (``number`` of them)."""
 
     start: int
     step: int
-    count: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -55,27 +56,28 @@ def lattice_in_polygon(polygon: Points, xs: Lattice, ys: Lattice) -> npt.NDArray
 
     Args:
         polygon: (n, 2) integer vertices; the last one joins the first. Magnitudes up to 2**30 are exact.
-        xs: lattice of x; ys: lattice of y.
+        xs: lattice of x.
+        ys: lattice of y.
 
     Returns:
-        (ys.count, xs.count): 1 inside, 0 on the polygon, -1 outside.
+        (ys.number, xs.number): 1 inside, 0 on the polygon, -1 outside.
     """
-    result = np.full((ys.count, xs.count), -1, np.int8)
-    rows = max(1, BLOCK_POINTS // max(1, xs.count))
-    for first in range(0, ys.count, rows):
-        part = Lattice(ys.start + first * ys.step, ys.step, min(rows, ys.count - first))
-        result[first : first + part.count] = _lattice_block(polygon.astype(np.int64), xs, part)
+    result = np.full((ys.number, xs.number), -1, np.int8)
+    rows = max(1, BLOCK_POINTS // max(1, xs.number))
+    for first in range(0, ys.number, rows):
+        part = Lattice(ys.start + first * ys.step, ys.step, min(rows, ys.number - first))
+        result[first : first + part.number] = _lattice_block(polygon.astype(np.int64), xs, part)
     return result
 
 
 def _lattice_block(polygon: npt.NDArray[np.int64], xs: Lattice, ys: Lattice) -> npt.NDArray[np.int8]:
     cuts = _cuts(polygon, ys)
-    width = xs.count + 1
+    width = xs.number + 1
     # A cut lies strictly to the right of the points whose index is below `column`.
-    column = np.clip(_ceil_div(cuts.x_ceil - xs.start, xs.step), 0, xs.count)
-    counts = np.bincount(cuts.row * width + column, minlength=ys.count * width).reshape(ys.count, width)
+    column = np.clip(_ceil_div(cuts.x_ceil - xs.start, xs.step), 0, xs.number)
+    counts = np.bincount(cuts.row * width + column, minlength=ys.number * width).reshape(ys.number, width)
     right = counts.sum(axis=1, keepdims=True) - np.cumsum(counts, axis=1)
-    result = np.where(right[:, : xs.count] & 1, 1, -1).astype(np.int8)
+    result = np.where(right[:, : xs.number] & 1, 1, -1).astype(np.int8)
     _mark(result, cuts.x_ceil[cuts.exact], ys.start + cuts.row[cuts.exact] * ys.step, (xs, ys))
     _mark(result, polygon[:, 0], polygon[:, 1], (xs, ys))
     _mark_horizontal(result, polygon, xs, ys)
@@ -91,11 +93,12 @@ class _Cuts(NamedTuple):
 
 
 def _cuts(polygon: npt.NDArray[np.int64], ys: Lattice) -> _Cuts:
-    # An edge owns its lower end and not its upper one, so that a row through a vertex is counted once per side.
+    # An edge owns its lower end and not its upper one, so that a row through a vertex is counted once per
+    # side.
     start, end = np.roll(polygon, 1, axis=0), polygon
     low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
-    first = np.clip(_ceil_div(low - ys.start, ys.step), 0, ys.count)
-    last = np.clip(_ceil_div(high - ys.start, ys.step), 0, ys.count)
+    first = np.clip(_ceil_div(low - ys.start, ys.step), 0, ys.number)
+    last = np.clip(_ceil_div(high - ys.start, ys.step), 0, ys.number)
     number = last - first
     edge = np.repeat(np.arange(len(polygon)), number)
     row = np.arange(len(edge)) - np.repeat(np.cumsum(number) - number, number) + first[edge]
@@ -117,7 +120,7 @@ def _mark(
     xs, ys = axes
     column, off_x = np.divmod(x - xs.start, xs.step)
     row, off_y = np.divmod(y - ys.start, ys.step)
-    hit = (off_x == 0) & (off_y == 0) & (column >= 0) & (column < xs.count) & (row >= 0) & (row < ys.count)
+    hit = (off_x == 0) & (off_y == 0) & (column >= 0) & (column < xs.number) & (row >= 0) & (row < ys.number)
     result[row[hit], column[hit]] = 0
 
 
@@ -127,7 +130,7 @@ def _mark_horizontal(
     """Sets 0 along horizontal edges that run on a row of the lattice."""
     start = np.roll(polygon, 1, axis=0)
     row, off = np.divmod(polygon[:, 1] - ys.start, ys.step)
-    on_row = (start[:, 1] == polygon[:, 1]) & (off == 0) & (row >= 0) & (row < ys.count)
+    on_row = (start[:, 1] == polygon[:, 1]) & (off == 0) & (row >= 0) & (row < ys.number)
     for j, a, b in zip(row[on_row], start[on_row, 0], polygon[on_row, 0], strict=True):
         first = max(0, -((xs.start - min(a, b)) // xs.step))
         last = (max(a, b) - xs.start) // xs.step
@@ -152,7 +155,7 @@ def region_coords(region: Region, grid: Grid) -> npt.NDArray[np.int64]:
         Lattice(int(low[a]), grid.step_px[a], max(0, -((int(low[a]) - int(high[a])) // grid.step_px[a])))
         for a in (0, 1)
     )
-    if xs.count == 0 or ys.count == 0:
+    if xs.number == 0 or ys.number == 0:
         return np.empty((0, 2), np.int64)
     keep = _passes(region.outline, (xs, ys), grid)
     for hole in region.holes:
@@ -196,9 +199,9 @@ def _drop_hole(keep: npt.NDArray[np.bool_], hole: Points, axes: tuple[Lattice, L
     spans, parts = [], []
     for axis, patch, low, high in zip(axes, grid.patch_px, hole.min(axis=0), hole.max(axis=0), strict=True):
         start, step = 2 * axis.start + patch, 2 * axis.step
-        first = min(axis.count, max(0, -((start - 2 * int(low)) // step)))
-        last = max(first, min(axis.count, (2 * int(high) - start) // step + 1))
+        first = min(axis.number, max(0, -((start - 2 * int(low)) // step)))
+        last = max(first, min(axis.number, (2 * int(high) - start) // step + 1))
         spans.append(slice(first, last))
         parts.append(Lattice(start + first * step, step, last - first))
-    if parts[0].count and parts[1].count:
+    if parts[0].number and parts[1].number:
         keep[spans[1], spans[0]] &= lattice_in_polygon(hole.astype(np.int64) * 2, *parts) <= 0

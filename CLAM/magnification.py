@@ -47,7 +47,9 @@ class Optics:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is read: the level, the edge read there, the edge stored, and both grids in level-0 px per axis."""
+    """What is read: the level, the edge read there, the edge stored, and both grids in level-0 px per
+    axis.
+    """
 
     level: int
     read_size_px: int
@@ -62,8 +64,8 @@ class Plan:
 def nominal_downsample(size0_px: int, size_px: int) -> float:
     """The factor by which a level was reduced along one axis.
 
-    Sizes of levels are whole numbers, so W0 / Wl misses a reduction by n slightly: 4443 / 2221 = 2.0005. Where Wl is
-    W0 / n rounded down or up, the factor is n. Otherwise it is the ratio itself.
+    Sizes of levels are whole numbers, so W0 / Wl misses a reduction by n slightly: 4443 / 2221 = 2.0005.
+    Where Wl is W0 / n rounded down or up, the factor is n. Otherwise it is the ratio itself.
     """
     n = round(size0_px / size_px)
     if n >= 1 and size_px in (size0_px // n, -(-size0_px // n)):

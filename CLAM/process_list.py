@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from one_slide import Outcome
 from params import PARAM_NAMES, SlideParams, from_row
-from patching import Outcome
 
 from utils.errors import Faults, UserError
 from utils.files import write_text
@@ -35,6 +36,9 @@ FACT_COLUMNS = (
 """Columns of ours, behind the published ones."""
 
 
+SECONDS_BETWEEN_WRITES = 2.0
+
+
 @dataclass
 class Row:
     """One slide of the list. ``todo`` is the published column ``process``."""
@@ -47,7 +51,9 @@ class Row:
     old_area: float | None = None
 
     def take(self, outcome: Outcome) -> None:
-        """Fills in what happened. A failed slide stays ``process`` 1, so that running the list again retries it."""
+        """Fills in what happened. A failed slide stays ``process`` 1, so that running the list again
+        retries it.
+        """
         self.status, self.todo = outcome.status, outcome.failed
         self.params = outcome.params or self.params
         self.facts = {**outcome.facts, "reason": outcome.reason}
@@ -56,7 +62,8 @@ class Row:
 
 
 def read_process_list(path: Path, base: SlideParams) -> list[Row]:
-    """Reads a list. Missing columns and empty cells take ``base``; an old-format list (column ``a``) is converted.
+    """Reads a list. Missing columns and empty cells take ``base``; an old-format list (column ``a``) is
+    converted.
 
     Raises:
         UserError: the file is missing or its rows have faults; all of them are listed.
@@ -78,7 +85,8 @@ def read_process_list(path: Path, base: SlideParams) -> list[Row]:
 
 
 def _row(record: dict[str, Any], base: SlideParams, subject: str) -> Row:
-    # The old format knew an area `a` in px of seg_level and nothing of holes; those columns take the defaults.
+    # The old format knew an area `a` in px of seg_level and nothing of holes; those columns take the
+    # defaults.
     old = record.get("a") not in (None, "")
     known = ("seg_level", "sthresh", "mthresh", "close", "use_otsu", "use_padding", "keep_ids", "exclude_ids")
     cells = {k: v for k, v in record.items() if not old or k in known}
@@ -88,6 +96,26 @@ def _row(record: dict[str, Any], base: SlideParams, subject: str) -> Row:
     row.facts = {k: record[k] for k in FACT_COLUMNS if record.get(k) not in (None, "")}
     row.old_area = float(record["a"]) if old else None
     return row
+
+
+class Ledger:
+    """The list on disk, kept up to date while slides finish."""
+
+    def __init__(self, path: Path, rows: list[Row]) -> None:
+        self.path, self.rows = path, rows
+        self._written = 0.0
+        self.write()
+
+    def write(self) -> None:
+        write_process_list(self.path, self.rows)
+        self._written = time.monotonic()
+
+    def write_now_and_then(self) -> None:
+        """Writes unless it was written just now: with 10,000 slides, a rewrite per slide would cost the
+        most.
+        """
+        if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
+            self.write()
 
 
 def write_process_list(path: Path, rows: list[Row]) -> None:

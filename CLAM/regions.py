@@ -1,4 +1,6 @@
-"""Tissue given from outside (mask images, GeoJSON) and contours written as GeoJSON, as QuPath reads and writes it."""
+"""Tissue given from outside (mask images, GeoJSON) and contours written as GeoJSON, as QuPath reads and
+writes it.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from utils.files import write_text
 
 MASK_SUFFIXES = (".geojson", ".json", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 ASPECT_TOLERANCE = 0.02
-"""A mask whose proportions differ by more than 2 % from the slide's belongs to another slide or another crop."""
+"""A mask whose proportions differ by more than 2 % from the slide's belongs to another slide or another
+crop."""
 
 MAX_MASK_PX = 400_000_000
 
@@ -36,12 +39,14 @@ def find_own_mask(folder: Path, name: str) -> Path:
             return path
     known = sorted(p.stem for p in folder.iterdir() if p.suffix.lower() in MASK_SUFFIXES)
     raise UserError(
-        f"--masks {folder} holds no {name} with a suffix {', '.join(MASK_SUFFIXES)}.{did_you_mean(name, known)}"
+        f"--masks {folder} holds no {name} with a suffix of {', '.join(MASK_SUFFIXES)}."
+        + did_you_mean(name, known)
     )
 
 
 def read_own_regions(path: Path, slide_px: tuple[int, int]) -> Tissue:
-    """The tissue that a mask image (non-zero is tissue) or a GeoJSON (level-0 px) gives. Nothing is filtered out.
+    """The tissue that a mask image (non-zero is tissue) or a GeoJSON (level-0 px) gives. Nothing is
+    filtered out.
 
     Raises:
         UserError: the file cannot be read or does not fit the slide.
@@ -71,11 +76,12 @@ def _read_mask(path: Path, slide_px: tuple[int, int]) -> list[Region]:
     scale = (slide_px[0] / mask.shape[1], slide_px[1] / mask.shape[0])
     if abs(scale[0] / scale[1] - 1) > ASPECT_TOLERANCE:
         raise UserError(
-            f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} px and the slide {slide_px[0]} x {slide_px[1]}; "
+            f"{path}: the mask is {mask.shape[1]} x {mask.shape[0]} px and the slide {slide_px[0]} "
+            f"x {slide_px[1]}; "
             f"their proportions may differ by {ASPECT_TOLERANCE:.0%}. Is it another slide's mask?"
         )
     contours, hierarchy = cv2.findContours(mask.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    return _nested(contours, np.asarray(hierarchy)[0, :, 3], scale) if contours else []
+    return _nested(contours, np.asarray(hierarchy, np.int32)[0, :, 3], scale) if contours else []
 
 
 def _nested(

@@ -9,6 +9,7 @@ transparent, pixels are black, as OpenSlide's RGBA gives them when alpha is drop
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import openslide
+from patch_tiles import JpegTiles, TileError
 from PIL import Image, UnidentifiedImageError
 
 from utils.errors import UserError
@@ -28,13 +30,21 @@ log = logging.getLogger(__name__)
 Pixels = npt.NDArray[np.uint8]
 
 PLAUSIBLE_MPP = (0.04, 20.0)
-"""Files claim 72 dpi (353 um/px) or 0: outside these um/px the entry is a placeholder and counts as missing."""
+"""Files claim 72 dpi (353 um/px) or 0: outside these um/px the entry is a placeholder and counts as
+missing."""
 
 MAX_WHOLE_PX = 100_000_000
 """PNG, JPEG and WebP can only be decoded whole: 3 bytes a pixel, so 300 MB of the 500 MB a worker may use."""
 
 BLOCK_PX = 2048
 """Edge of the blocks in which a whole level is read: 16 MB of RGBA, a multiple of the usual tile sizes."""
+
+WHOLE_LEVEL_PX = 60_000_000
+"""Levels up to here are read by one call where tiles cannot be read directly: 240 MB of RGBA."""
+
+
+TRIAL_PX = 256
+"""Edge of the region that direct decoding must reproduce before it is trusted with a slide."""
 
 
 class RegionError(UserError):
@@ -102,17 +112,18 @@ class Slide:
 
     def blocks(self, level: int, edge_px: int = BLOCK_PX) -> Iterator[Block]:
         """The whole level, block by block; a damaged block comes with ``pixels`` None and a warning."""
-        width, height = self.level_dimensions[level]
+        for box in _block_boxes(self.level_dimensions[level], edge_px):
+            yield self._block(level, box)
+
+    def _block(self, level: int, box: tuple[int, int, int, int]) -> Block:
+        x, y, w, h = box
         scale_x, scale_y = self.level_downsamples[level]
-        for y in range(0, height, edge_px):
-            for x in range(0, width, edge_px):
-                w, h = min(edge_px, width - x), min(edge_px, height - y)
-                try:
-                    pixels = self.read_region((round(x * scale_x), round(y * scale_y)), level, (w, h))
-                except RegionError as error:
-                    log.warning("%s", error)
-                    pixels = None
-                yield Block(x, y, w, h, pixels)
+        try:
+            pixels = self.read_region((round(x * scale_x), round(y * scale_y)), level, (w, h))
+        except RegionError as error:
+            log.warning("%s", error)
+            return Block(*box, None)
+        return Block(*box, pixels)
 
     def close(self) -> None:
         """Releases the file."""
@@ -141,15 +152,68 @@ class OpenSlideSlide(Slide):
         return int(self._handle.get_best_level_for_downsample(downsample))
 
     def read_region(self, location_px: tuple[int, int], level: int, size_px: tuple[int, int]) -> Pixels:
+        return _rgb(self._read(location_px, level, size_px))
+
+    def _read(self, location_px: tuple[int, int], level: int, size_px: tuple[int, int]) -> Image.Image:
         x, y = int(location_px[0]), int(location_px[1])
         try:
-            image = self._handle.read_region((x, y), level, (int(size_px[0]), int(size_px[1])))
+            return self._handle.read_region((x, y), level, (int(size_px[0]), int(size_px[1])))
         except openslide.OpenSlideError as error:
             # OpenSlide refuses everything after an error: only a new handle reads the rest of the slide.
             self._handle.close()
             self._handle = openslide.OpenSlide(str(self.path))
             raise RegionError(_region_message(self.path, (x, y), level, error)) from error
-        return cv2.cvtColor(np.asarray(image), cv2.COLOR_RGBA2RGB)  # type: ignore[return-value]
+
+    def blocks(self, level: int, edge_px: int = BLOCK_PX) -> Iterator[Block]:
+        """The whole level, with the very pixels of one read from its corner.
+
+        OpenSlide takes locations in level-0 px: where a level's downsample is not whole, a block's corner
+        would fall between two pixels and the block come out interpolated. So JPEG tiles are decoded directly,
+        and other levels read in one call as long as that fits into memory.
+        """
+        size = self.level_dimensions[level]
+        tiles = self._direct_tiles(level)
+        if tiles is not None:
+            with contextlib.closing(tiles):
+                yield from self._tile_blocks(tiles, level, edge_px)
+        elif level > 0 and size[0] * size[1] <= WHOLE_LEVEL_PX:
+            yield from self._whole_blocks(level, edge_px)
+        else:
+            yield from super().blocks(level, edge_px)
+
+    def _direct_tiles(self, level: int) -> JpegTiles | None:
+        """A reader of the level's JPEG tiles, if it gives OpenSlide's pixels for a tile in the middle of
+        level 0.
+        """
+        tiles = JpegTiles(self.path, self.level_dimensions)
+        if tiles.has(level) and tiles.has(0):
+            width, height = self.dimensions
+            middle = width // 2 // TRIAL_PX * TRIAL_PX, height // 2 // TRIAL_PX * TRIAL_PX
+            with contextlib.suppress(TileError, RegionError):
+                ours, theirs = (
+                    tiles.read(middle, 0, TRIAL_PX),
+                    self.read_region(middle, 0, (TRIAL_PX, TRIAL_PX)),
+                )
+                if np.array_equal(ours, theirs):
+                    return tiles
+        tiles.close()
+        return None
+
+    def _tile_blocks(self, tiles: JpegTiles, level: int, edge_px: int) -> Iterator[Block]:
+        for x, y, w, h in _block_boxes(self.level_dimensions[level], edge_px):
+            try:
+                yield Block(x, y, w, h, tiles.read((x, y), level, max(w, h))[:h, :w])
+            except TileError:
+                yield self._block(level, (x, y, w, h))
+
+    def _whole_blocks(self, level: int, edge_px: int) -> Iterator[Block]:
+        try:
+            image = self._read((0, 0), level, self.level_dimensions[level])
+        except RegionError:
+            yield from super().blocks(level, edge_px)
+            return
+        for x, y, w, h in _block_boxes(self.level_dimensions[level], edge_px):
+            yield Block(x, y, w, h, _rgb(image.crop((x, y, x + w, y + h))))
 
     def close(self) -> None:
         self._handle.close()
@@ -193,7 +257,8 @@ def open_slide(path: str | Path) -> Slide:
     """Opens a slide or an ordinary image.
 
     Raises:
-        UserError: the file is missing, damaged, or of a kind that cannot be read; the message names it and the reason.
+        UserError: the file is missing, damaged, or of a kind that cannot be read; the message names it and
+        the reason.
     """
     path = Path(path)
     if not path.is_file():
@@ -226,6 +291,19 @@ def is_tiff(path: Path) -> bool:
         return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 
+def _rgb(image: Image.Image) -> Pixels:
+    """An RGBA image's colours, (h, w, 3)."""
+    return np.asarray(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGBA2RGB), np.uint8)
+
+
+def _block_boxes(size_px: tuple[int, int], edge_px: int) -> Iterator[tuple[int, int, int, int]]:
+    """Boxes (x, y, width, height) that cover an image row by row."""
+    width, height = size_px
+    for y in range(0, height, edge_px):
+        for x in range(0, width, edge_px):
+            yield x, y, min(edge_px, width - x), min(edge_px, height - y)
+
+
 def crop(pixels: Pixels, location_px: tuple[int, int], size_px: tuple[int, int]) -> Pixels:
     """The part of an image (H, W, 3) at a location, black where it lies outside the image."""
     (x, y), (width, height) = location_px, size_px
@@ -240,7 +318,9 @@ def crop(pixels: Pixels, location_px: tuple[int, int], size_px: tuple[int, int])
 
 
 def openslide_mpp(properties: dict[str, str]) -> tuple[float | None, str | None]:
-    """The mean um/px of x and y in OpenSlide's properties and where it stands; None where nothing plausible does."""
+    """The mean um/px of x and y in OpenSlide's properties and where it stands; None where nothing
+    plausible does.
+    """
     x, y = (_positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
     if x and y and _plausible((x + y) / 2):
         return (x + y) / 2, "openslide.mpp"

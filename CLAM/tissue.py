@@ -1,13 +1,16 @@
-"""Where the tissue is: saturation, median filter, threshold, closing, contours (published-behaviour section 12).
+"""Where the tissue is: saturation, median filter, threshold, closing, contours (published-behaviour
+section 12).
 
-A level is read block by block, so that the memory is that of its saturation (one byte a pixel) and not of its colours.
-A level above ``MAX_SEGMENT_PX`` is reduced on the way: a slide without a pyramid is segmented on a thumbnail of it.
+A level is read block by block, so that the memory is that of its saturation (one byte a pixel) and not of
+its colours. A level above ``MAX_SEGMENT_PX`` is reduced on the way: a slide without a pyramid is segmented
+on a thumbnail of it.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +29,10 @@ MAX_SEGMENT_PX = 100_000_000
 """The published program refuses a segmentation level above 1e8 px. Up to here we segment the same pixels."""
 
 MAX_OVERVIEW_PX = 16_000_000
-"""Pictures for people: 48 MB in memory, and below JPEG's limit of 65,535 px a side for any slide."""
+"""Pictures for people: 48 MB in memory."""
+
+MAX_OVERVIEW_SIDE_PX = 30_000
+"""JPEG ends at 65,535 px a side."""
 
 AREA_UNIT_PX = 512
 """Areas are compared in units of a patch of this edge in level-0 px."""
@@ -39,7 +45,9 @@ Scale = tuple[float, float]
 
 @dataclass
 class Scan:
-    """One level, read once: its saturation for the segmentation and its colours, reduced, for the pictures."""
+    """One level, read once: its saturation for the segmentation and its colours, reduced, for the
+    pictures.
+    """
 
     level: int
     scale: Scale
@@ -75,11 +83,17 @@ def reduction(size_px: tuple[int, int], level_scale: float) -> int:
     return factor
 
 
+def overview_reduction(size_px: tuple[int, int]) -> int:
+    """By how much a picture must be reduced to be looked at."""
+    by_area = math.ceil(math.sqrt(size_px[0] * size_px[1] / MAX_OVERVIEW_PX))
+    return max(1, by_area, math.ceil(max(size_px) / MAX_OVERVIEW_SIDE_PX))
+
+
 def scan_level(slide: Slide, level: int, want_saturation: bool = True) -> Scan:
     """Reads a level once, block by block. A corrupt block counts as background and is counted."""
     size = slide.level_dimensions[level]
     factor = reduction(size, max(slide.level_downsamples[level])) if want_saturation else 1
-    shrink = factor * math.ceil(math.sqrt(max(1.0, size[0] * size[1] / factor**2 / MAX_OVERVIEW_PX)))
+    shrink = factor * overview_reduction((size[0] // factor, size[1] // factor))
     saturation = np.zeros((size[1] // factor, size[0] // factor) if want_saturation else (0, 0), np.uint8)
     overview = np.zeros((max(1, size[1] // shrink), max(1, size[0] // shrink), 3), np.uint8)
     corrupt = 0
@@ -95,7 +109,8 @@ def scan_level(slide: Slide, level: int, want_saturation: bool = True) -> Scan:
                 (block.x // factor, block.y // factor),
             )
     x, y = slide.level_downsamples[level]
-    # A reduced picture drops the last incomplete row and column: its scale is the factor, not the ratio of sizes.
+    # A reduced picture drops the last incomplete row and column: its scale is the factor, not the ratio of
+    # sizes.
     scale = (x * factor, y * factor)
     return Scan(level, scale, saturation, overview, (x * shrink, y * shrink), corrupt)
 
@@ -127,27 +142,40 @@ def saturation_of(pixels: Pixels) -> Pixels:
 
 def tissue_mask(saturation: Pixels, params: SlideParams) -> Pixels:
     """The binary mask (0, 255) of tissue. Overwrites ``saturation`` to save memory."""
-    _median_in_place(saturation, params.mthresh)
+    edge = params.mthresh
     if params.use_otsu:
+        _filter_in_place(saturation, edge // 2, lambda strip: cv2.medianBlur(strip, edge))
         cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY + cv2.THRESH_OTSU, dst=saturation)
     else:
-        cv2.threshold(saturation, params.sthresh, 255, cv2.THRESH_BINARY, dst=saturation)
+        _filter_in_place(saturation, edge // 2, lambda strip: median_above(strip, edge, params.sthresh))
     if params.close > 0:
         kernel = np.ones((params.close, params.close), np.uint8)
         cv2.morphologyEx(saturation, cv2.MORPH_CLOSE, kernel, dst=saturation)
     return saturation
 
 
-def _median_in_place(image: Pixels, edge_px: int) -> None:
-    """``cv2.medianBlur`` strip by strip; each strip sees its neighbours' original rows."""
-    halo, height = edge_px // 2, image.shape[0]
+def median_above(image: Pixels, edge_px: int, threshold: int) -> Pixels:
+    """``medianBlur`` then a fixed threshold, as 0 or 255, thirty times faster than the two calls.
+
+    The median of a window exceeds the threshold exactly where more than half of its values do, and a box
+    filter counts those. ``edge_px`` is odd.
+    """
+    _, above = cv2.threshold(image, threshold, 1, cv2.THRESH_BINARY)
+    depth = -1 if edge_px <= 15 else cv2.CV_16U
+    count = cv2.boxFilter(above, depth, (edge_px, edge_px), normalize=False, borderType=cv2.BORDER_REPLICATE)
+    return np.where(count > edge_px**2 // 2, np.uint8(255), np.uint8(0))
+
+
+def _filter_in_place(image: Pixels, halo: int, function: Callable[[Pixels], Any]) -> None:
+    """Applies a local filter strip by strip; each strip sees ``halo`` original rows of its neighbours."""
+    height = image.shape[0]
     above = image[:0].copy()
     for top in range(0, height, STRIP_ROWS):
         bottom = min(top + STRIP_ROWS, height)
         strip = np.concatenate([above, image[top : min(bottom + halo, height)]])
         skip = len(above)
         above = image[max(0, bottom - halo) : bottom].copy()
-        image[top:bottom] = cv2.medianBlur(strip, edge_px)[skip : skip + bottom - top]
+        image[top:bottom] = function(strip)[skip : skip + bottom - top]
 
 
 def find_tissue(scan: Scan, params: SlideParams) -> Tissue:
@@ -161,7 +189,7 @@ def find_tissue(scan: Scan, params: SlideParams) -> Tissue:
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if not contours:
         return Tissue((), 0.0, _no_contour_hint(scan, params))
-    pieces = _pieces(contours, np.asarray(hierarchy)[0, :, 3])
+    pieces = _pieces(contours, np.asarray(hierarchy, np.int32)[0, :, 3])
     unit = int(AREA_UNIT_PX**2 / (scan.scale[0] * scan.scale[1]))
     kept = [p for p in pieces if p.area != 0 and p.area > params.a_t * unit]
     if not kept:
@@ -171,9 +199,10 @@ def find_tissue(scan: Scan, params: SlideParams) -> Tissue:
             f"not above a_t {params.a_t:g}; lower --a_t"
         )
         return Tissue((), 0.0, hint, len(pieces))
-    regions = tuple(_region(p, params, unit, scan.scale) for p in kept)
-    fraction = sum(p.area for p in kept) / max(size, 1)
-    return Tissue(_chosen(regions, params), fraction, "", len(pieces))
+    chosen = _chosen(kept, params)
+    fraction = sum(p.area for p in chosen) / max(size, 1)
+    hint = "" if chosen else f"keep_ids and exclude_ids leave none of {len(kept)} pieces; change them"
+    return Tissue(tuple(_region(p, params, unit, scan.scale) for p in chosen), fraction, hint, len(pieces))
 
 
 @dataclass
@@ -186,12 +215,12 @@ class _Piece:
 def _pieces(contours: Any, parents: npt.NDArray[np.int32]) -> list[_Piece]:
     """Outlines with their holes, in OpenCV's order; ``area`` is the outline's less its holes', in px."""
     children: dict[int, list[Any]] = {}
-    for index, parent in enumerate(parents):
+    for child, parent in enumerate(parents.tolist()):
         if parent >= 0:
-            children.setdefault(int(parent), []).append(contours[index])
+            children.setdefault(parent, []).append(contours[child])
     pieces = []
-    for index in np.flatnonzero(parents == -1):
-        holes = children.get(int(index), [])
+    for index in np.flatnonzero(parents == -1).tolist():
+        holes = children.get(index, [])
         area = cv2.contourArea(contours[index]) - sum(cv2.contourArea(h) for h in holes)
         pieces.append(_Piece(contours[index], holes, area))
     return pieces
@@ -207,16 +236,16 @@ def _scaled(contour: npt.NDArray[np.int32], scale: Scale) -> npt.NDArray[np.int3
     return (contour.reshape(-1, 2) * np.array(scale)).astype(np.int32)
 
 
-def _chosen(regions: tuple[Region, ...], params: SlideParams) -> tuple[Region, ...]:
-    """The regions that keep_ids and exclude_ids leave, in ascending order of index."""
-    keep = contour_ids(params.keep_ids) or tuple(range(len(regions)))
+def _chosen(pieces: list[_Piece], params: SlideParams) -> list[_Piece]:
+    """The pieces that keep_ids and exclude_ids leave, in ascending order of index."""
+    keep = contour_ids(params.keep_ids) or tuple(range(len(pieces)))
     drop = contour_ids(params.exclude_ids) or ()
-    beyond = [i for i in keep if i >= len(regions)]
+    beyond = [i for i in keep if i >= len(pieces)]
     if beyond:
         raise UserError(
-            f"keep_ids names contour {beyond[0]}, but there are {len(regions)} (0 to {len(regions) - 1})."
+            f"keep_ids names contour {beyond[0]}; there are {len(pieces)} (0 to {len(pieces) - 1})."
         )
-    return tuple(regions[i] for i in sorted(set(keep) - set(drop)))
+    return [pieces[i] for i in sorted(set(keep) - set(drop))]
 
 
 def _no_contour_hint(scan: Scan, params: SlideParams) -> str:
