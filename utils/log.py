@@ -6,13 +6,16 @@ import logging
 import sys
 from pathlib import Path
 
+_own_handlers: list[logging.Handler] = []
+
 
 def set_up_logging(rank: int = 0, file: Path | None = None) -> None:
     """Sends INFO and above of rank 0 (warnings of the others) to stderr, and to ``file`` when given."""
     root = logging.getLogger()
-    for handler in list(root.handlers):
+    for handler in _own_handlers:
         root.removeHandler(handler)
         handler.close()
+    _own_handlers.clear()
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     prefix = "" if rank == 0 else f"[rank {rank}] "
     layout = logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S")
@@ -22,6 +25,7 @@ def set_up_logging(rank: int = 0, file: Path | None = None) -> None:
     for handler in handlers:
         handler.setFormatter(layout)
         root.addHandler(handler)
+        _own_handlers.append(handler)
 
 
 def duration(seconds: float) -> str:
