@@ -97,7 +97,7 @@ def check_one(shape: tuple[int, ...], dtype: torch.dtype, masked: bool, kernel: 
     for form, kind in ((kernel, dtype), ("math", torch.float64)):
         a, b = (
             qk.detach().to(kind).requires_grad_(),
-            v.to(torch.float64 if form == "math" else v.dtype).requires_grad_(),
+            v.detach().to(torch.float64 if form == "math" else v.dtype).requires_grad_(),
         )
         out = abmilx.propagate(a, b, mask, shape[-1] ** -0.5, form)
         out.backward(grad.to(out.dtype))
@@ -124,43 +124,52 @@ def check_model() -> None:
         print(name, *(f"{d:.1e}" for d in differences))
 
 
-TILES = [
-    (128, 128, 8, 2),
-    (128, 128, 8, 3),
-    (128, 64, 4, 3),
-    (128, 64, 8, 3),
-    (64, 128, 4, 3),
-    (64, 64, 4, 3),
-]
-MORE_TILES = [
-    (128, 128, 4, 3),
-    (128, 64, 4, 2),
-    (128, 64, 4, 4),
-    (64, 128, 4, 2),
-    (128, 256, 8, 2),
-    (64, 64, 4, 2),
-]
+# The tile of a kernel's own rows or columns, the tile of what it loops over, warps, stages.
+CANDIDATES = {
+    "forward": "64,128,4,2 64,128,4,3 128,64,4,3 64,64,4,3 128,64,8,3 64,64,8,2"
+    " 64,256,4,2 64,128,4,4 64,64,4,2",
+    "queries": "128,64,4,3 128,32,4,3 64,64,4,3 64,128,4,3 64,32,4,3 64,64,8,2"
+    " 128,64,4,4 128,32,4,4 64,64,4,2",
+    "keys": "64,128,4,3 128,64,4,2 128,32,4,3 64,32,4,3 64,64,4,3 64,64,8,2 128,32,4,4 128,64,8,3 128,32,8,3"
+    " 128,16,4,4 64,32,4,2 64,16,4,4",
+}
 
 
 def tiles() -> None:
+    """Times the candidates and uses the fastest in what runs behind this."""
     count = 20_000
     print(f"\n# tiles (rows, cols, warps, stages) at N = {count}: ms")
-    for heads, width in ((8, 64), (8, 32), (4, 128)):
+    for heads, width in ((8, 64), (8, 32), (4, 128), (2, 256)):
         qk, v = random_qkv((1, count, heads, width), torch.bfloat16)
         inputs = (qk, v, torch.randn_like(v), width**-0.5)
-        outputs = own.forward(qk, v, None, width**-0.5)
-        for name in ("forward", "queries", "keys"):
-            sizes = TILES + MORE_TILES if width == 64 else TILES
-            chosen = [own.Tiles(*((c, r) if name == "keys" else (r, c)), *rest) for r, c, *rest in sizes]
+        outputs = own.forward(qk, v, None, width**-0.5, own.Tiles(64, 64, 4, 2))
+        best = {}
+        for name, listed in CANDIDATES.items():
+            sizes = [tuple(map(int, t.split(","))) for t in listed.split()][: None if width == 64 else 6]
+            chosen = [own.Tiles(*((b, a) if name == "keys" else (a, b)), *rest) for a, b, *rest in sizes]
             works = [one_kernel(name, tile, inputs, outputs) for tile in chosen]
             with ThreadPoolExecutor(12) as pool:  # compiles them side by side
                 usable = list(pool.map(runs, works))
             times = [
                 milliseconds(w, 60.0) if good else float("inf") for w, good in zip(works, usable, strict=True)
             ]
-            print(f"{heads} x {width} {name}")
-            for time, tile in sorted(zip(times, chosen, strict=True), key=lambda pair: pair[0])[:6]:
-                print(f"    {time:.2f} {tile}", flush=True)
+            ranked = sorted(zip(times, chosen, strict=True), key=lambda pair: pair[0])
+            best[name] = ranked[0][1]
+            print(
+                f"{heads} x {width} {name}",
+                *(f"{t:.2f} {tile}" for t, tile in ranked[:4]),
+                sep="\n    ",
+                flush=True,
+            )
+        own.PLANS[width] = own.Plan(**best)
+        print(f"{heads} x {width} flash forward + backward:", wide_heads(heads, width))
+
+
+def wide_heads(heads: int, width: int) -> str:
+    """The best library kernels at other widths, for comparison."""
+    shape = (1, 20_000, heads, width)
+    names = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    return ", ".join(f"{name} {one_form(library(b, width), shape, False)}" for name, b in names.items())
 
 
 def one_kernel(
@@ -203,7 +212,9 @@ def kernels() -> None:
     print("\n# A+ alone, bf16, 8 heads of 64: ms forward, ms forward + backward, GiB of the latter")
     for count, masked in ((2_000, False), (20_000, False), (20_000, True), (100_000, False)):
         for name, attend in forms(masked).items():
-            print(count, "masked" if masked else "-", name, one_form(attend, count, masked))
+            print(
+                count, "masked" if masked else "-", name, one_form(attend, (1, count, HEADS, WIDTH), masked)
+            )
 
 
 def forms(masked: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
@@ -216,9 +227,11 @@ def forms(masked: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor | None], T
     return found if masked else found | {"flash, V of 64": library(SDPBackend.FLASH_ATTENTION, WIDTH)}
 
 
-def one_form(attend: Callable[[Tensor, Tensor, Tensor | None], Tensor], count: int, masked: bool) -> str:
-    qk, v = random_qkv((1, count, HEADS, WIDTH), torch.bfloat16)
-    mask = torch.rand(1, count, device="cuda") > 0.1 if masked else None
+def one_form(
+    attend: Callable[[Tensor, Tensor, Tensor | None], Tensor], shape: tuple[int, ...], masked: bool
+) -> str:
+    qk, v = random_qkv(shape, torch.bfloat16)
+    mask = torch.rand(shape[:2], device="cuda") > 0.1 if masked else None
     grad = torch.randn_like(v)
 
     def both() -> None:

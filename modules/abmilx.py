@@ -58,9 +58,13 @@ def propagate(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: 
     Returns:
         (B, m, N), in float32 or wider.
     """
-    if kernel == "torch" and qk.is_cuda and _has_own_kernel(qk.device.index, qk.dtype, qk.shape[-1]):
-        present = None if mask is None else mask.contiguous()
-        return torch.ops.abmilx.attention_plus(qk, v.float().contiguous(), present, scale)[0]
+    if kernel == "torch" and qk.is_cuda and qk.dtype in _HALF and (widest := _own_kernel_width()):
+        width = max(16, 1 << (qk.shape[-1] - 1).bit_length())
+        if width <= widest:
+            present = None if mask is None else mask.contiguous()
+            return torch.ops.abmilx.attention_plus(_widen(qk, width), v.float().contiguous(), present, scale)[
+                0
+            ]
     q, k = (t.transpose(1, 2) for t in qk.unbind(3))
     column = v.unsqueeze(-1).to(q.dtype)
     keys = None if mask is None else mask[:, None, None, :]
@@ -70,16 +74,22 @@ def propagate(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: 
 
 
 @torch.compiler.assume_constant_result
+def _own_kernel_width() -> int:
+    """The widest head that the Triton kernels for a V of one channel take; 0 where they cannot run."""
+    return _import_own_kernel()
+
+
 @functools.cache
-def _has_own_kernel(device: int | None, dtype: torch.dtype, width: int) -> bool:
-    """Whether the Triton kernels for a V of one channel can run; importing them registers their operator."""
-    if dtype not in _HALF or torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
-        return False
+def _import_own_kernel() -> int:
+    """Registers the operator ``abmilx::attention_plus`` by importing its file."""
+    devices = range(torch.cuda.device_count())
+    if torch.version.cuda is None or any(torch.cuda.get_device_capability(i) < (8, 0) for i in devices):
+        return 0
     try:
         module = importlib.import_module(f"{__package__ or 'modules'}.attention_plus_triton")
     except ImportError:  # this file was copied alone, or Triton is not installed
-        return False
-    return width in module.WIDTHS
+        return 0
+    return max(module.PLANS)
 
 
 def _plain(qkv: tuple[Tensor, Tensor, Tensor], keys: Tensor | None, scale: float, kernel: str) -> Tensor:

@@ -21,8 +21,6 @@ from torch import Tensor
 from modules.attention_plus_kernels import backward_keys, backward_queries, forward_all
 
 LOG2_E = math.log2(math.e)
-WIDTHS = (16, 32, 64, 128)
-"""Head widths d that the kernels take."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,23 @@ class Tiles:
     stages: int
 
 
-FORWARD = Tiles(128, 128, 8, 3)
-BACKWARD_QUERIES = Tiles(128, 64, 4, 3)
-BACKWARD_KEYS = Tiles(64, 128, 4, 3)
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of the three kernels at one head width."""
+
+    forward: Tiles
+    queries: Tiles
+    keys: Tiles
+
+
+_NARROW = Plan(Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 3), Tiles(128, 64, 4, 3))
+PLANS = {
+    16: _NARROW,
+    32: _NARROW,
+    64: Plan(Tiles(64, 128, 4, 2), Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3)),
+    128: Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
+}
+"""Fastest tiles by head width d, measured on an H100; the widths are those that the kernels take."""
 
 
 @torch.library.custom_op("abmilx::attention_plus", mutates_args=(), device_types="cuda")
@@ -90,9 +102,10 @@ attention_plus.register_autograd(_differentiate, setup_context=_save)
 
 
 def forward(
-    qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, tiles: Tiles = FORWARD
+    qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
     """``attention_plus`` without autograd, with a choice of tiles."""
+    tiles = tiles or PLANS[qk.shape[-1]].forward
     out, lse = torch.empty_like(v), torch.empty_like(v)
     with torch.cuda.device_of(qk):
         forward_all[_grid(qk, tiles.rows)](
@@ -108,8 +121,9 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients in qk and v, from ``grad`` in the first of the ``outputs`` of ``forward``."""
     results = torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
-    launch_queries(grad, inputs, outputs, results, (scale, BACKWARD_QUERIES))
-    launch_keys(grad, inputs, outputs, results, (scale, BACKWARD_KEYS))
+    plan = PLANS[inputs[0].shape[-1]]
+    launch_queries(grad, inputs, outputs, results, (scale, plan.queries))
+    launch_keys(grad, inputs, outputs, results, (scale, plan.keys))
     return results
 
 
