@@ -92,8 +92,8 @@ class _Worker:
 class ReaderPool:
     """Processes that perform tasks. Make it before LMDB files are opened and threads started: it forks."""
 
-    def __init__(self, workers: int) -> None:
-        warm_up()
+    def __init__(self, workers: int, kernel: str = "pillow") -> None:
+        warm_up(kernel)
         jpeg.backend()
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
         context = multiprocessing.get_context(method)

@@ -39,6 +39,7 @@ class Task:
     sizes_px: tuple[int, ...]
     quality: int
     blank: bool
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -151,5 +152,7 @@ def perform(task: Task, reader: PatchReader) -> Iterator[Images]:
                 blank.append(task.start + index)
                 patch = np.zeros((task.patch_size_px, task.patch_size_px, 3), np.uint8)
             for size in task.sizes_px:
-                jpegs[size].append(jpeg.encode(resize(patch, size or task.patch_size_px), task.quality))
+                jpegs[size].append(
+                    jpeg.encode(resize(patch, size or task.patch_size_px, task.kernel), task.quality)
+                )
         yield Images(task.number, task.start + first, jpegs, blank)

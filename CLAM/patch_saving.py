@@ -38,6 +38,7 @@ class Settings:
     skip_done: bool = True
     stop_at_error: bool = False
     blank_regions: bool = False
+    kernel: str = "pillow"
 
 
 @dataclass
@@ -127,6 +128,7 @@ class Run:
             sizes_px=sizes,
             quality=self.settings.quality,
             blank=self.settings.blank_regions,
+            kernel=self.settings.kernel,
         )
 
     def _begin(self, job: Job) -> _Work | None:

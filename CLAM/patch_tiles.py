@@ -148,7 +148,7 @@ def _pages(path: Path, level_dimensions: tuple[tuple[int, int], ...]) -> dict[in
         return {}
     try:
         with tifffile.TiffFile(str(path)) as file:
-            tiled = [page for page in file.pages if getattr(page, "is_tiled", False)]
+            tiled: list[Any] = [page for page in file.pages if getattr(page, "is_tiled", False)]
             found = {}
             for level, size in enumerate(level_dimensions):
                 fitting = [page for page in tiled if (page.imagewidth, page.imagelength) == size]

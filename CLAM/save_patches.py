@@ -25,6 +25,7 @@ for _folder in (ROOT / "CLAM", ROOT):
 from patch_jobs import Job, Plan, common, make_plan, parse_shard, take_shard  # noqa: E402
 from patch_outputs import FolderOutput, Output, StoreOutput  # noqa: E402
 from patch_pool import ReaderPool  # noqa: E402
+from patch_resize import choose_kernel  # noqa: E402
 from patch_saving import Outcome, Run, Settings, write_outcomes  # noqa: E402
 
 from datasets.store import StoreHeader  # noqa: E402
@@ -199,8 +200,9 @@ def save(args: argparse.Namespace) -> list[Outcome]:
         skip_done=not args.no_auto_skip,
         stop_at_error=args.on_error == "fail",
         blank_regions=args.bad_region == "blank",
+        kernel=choose_kernel(sum(job.count for job in plan.jobs)),
     )
-    with ReaderPool(args.workers) as pool:
+    with ReaderPool(args.workers, settings.kernel) as pool:
         outputs = open_outputs(args, plan, sizes)
         run = Run(jobs, outputs, settings)
         try:

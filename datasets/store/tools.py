@@ -59,6 +59,15 @@ def check_slides(store: PatchStore, slides: Iterable[str]) -> None:
     faults.raise_if_any()
 
 
+def _check_file_names(slides: Iterable[str]) -> None:
+    """A store from elsewhere must not choose where files are written."""
+    faults = Faults("slide names that cannot be file names")
+    for slide in slides:
+        if slide in (".", "..") or any(sign in slide for sign in "/\\\0"):
+            faults.add(repr(slide))
+    faults.raise_if_any()
+
+
 def header_of(store: PatchStore) -> StoreHeader:
     """The header, or for a published store what can be known of it."""
     return store.header or StoreHeader(image_size_px=store.image_size_px)
@@ -99,6 +108,7 @@ def export(source: Path, folder: Path, slides: Sequence[str] | None = None, layo
     store = PatchStore(source)
     chosen = store.slides if slides is None else list(slides)
     check_slides(store, chosen)
+    _check_file_names(chosen)
     for slide in chosen:
         images = folder / "imgs" / slide
         images.mkdir(parents=True, exist_ok=True)
