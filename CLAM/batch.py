@@ -19,9 +19,7 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def over_processes(
-    function: Callable[[J], R], jobs: Sequence[J], workers: int
-) -> Iterator[tuple[int, R | None]]:
+def over_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[tuple[int, R | None]]:
     """Yields (index, function(job)) as jobs finish; the result is None where the worker process died.
 
     With one worker the jobs run in this process. Otherwise processes are spawned, not forked: image

@@ -10,18 +10,22 @@ from __future__ import annotations
 import io
 import struct
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import tifffile
 from PIL import Image
-from slides import MAX_WHOLE_PX, Pixels, RegionError, Slide, openslide_mpp
+from slides import MAX_WHOLE_PX, Box, Pixels, RegionError, Slide, boxes, openslide_mpp
 
 from utils.errors import UserError
 
 CACHE_BYTES = 64_000_000
 """Decoded segments kept: two rows of 256-px strips of an image 40,000 px wide."""
+
+BAND_PX = 4_000_000
+"""Pixels of the bands in which a whole image is read."""
 
 COPIED_TAGS = (
     "Predictor",
@@ -58,9 +62,7 @@ class FlatTiffSlide(Slide):
         self._check()
         self.mpp, self.mpp_source = _resolution(self._page)
         seg_width = int(self._page.tilewidth) if self._page.is_tiled else width
-        seg_height = int(
-            self._page.tilelength if self._page.is_tiled else min(self._page.rowsperstrip, height)
-        )
+        seg_height = int(self._page.tilelength if self._page.is_tiled else min(self._page.rowsperstrip, height))
         self._segments = _Segments(seg_width, seg_height, -(-width // seg_width))
         self._map = tifffile.memmap(str(path), page=0, mode="r") if self._is_plain_rgb() else None
         if self._map is None and seg_width * seg_height > MAX_WHOLE_PX:
@@ -81,9 +83,7 @@ class FlatTiffSlide(Slide):
             )
 
     def _is_plain_rgb(self) -> bool:
-        return bool(
-            self._page.is_memmappable and self._page.samplesperpixel == 3 and self._page.photometric == 2
-        )
+        return bool(self._page.is_memmappable and self._page.samplesperpixel == 3 and self._page.photometric == 2)
 
     def read_region(self, location_px: tuple[int, int], level: int, size_px: tuple[int, int]) -> Pixels:
         (x, y), (w, h) = location_px, size_px
@@ -104,6 +104,11 @@ class FlatTiffSlide(Slide):
                 c, d = max(y0, top), min(y1, top + part.shape[0])
                 result[c - y : d - y, a - x : b - x] = part[c - top : d - top, a - left : b - left]
         return result
+
+    def block_boxes(self, level: int, multiple_px: int) -> Iterator[Box]:
+        """Bands over the whole width, so that no strip is decoded twice."""
+        rows = max(1, BAND_PX // self.dimensions[0] // multiple_px) * multiple_px
+        return boxes(self.dimensions, (self.dimensions[0], rows))
 
     def _segment(self, index: int) -> Pixels:
         if index in self._cache:
@@ -169,11 +174,7 @@ def tiff_directory(entries: dict[int, tuple[int, tuple[int, ...] | bytes]], offs
     extra_offset = offset + 2 + 12 * len(entries) + 4
     head, extra = struct.pack("<H", len(entries)), b""
     for code, (kind, value) in sorted(entries.items()):
-        packed = (
-            value
-            if isinstance(value, bytes)
-            else struct.pack(f"<{len(value)}{'H' if kind == 3 else 'I'}", *value)
-        )
+        packed = value if isinstance(value, bytes) else struct.pack(f"<{len(value)}{'H' if kind == 3 else 'I'}", *value)
         if len(packed) > 4:
             place = struct.pack("<I", extra_offset + len(extra))
             extra += packed + b"\0" * (len(packed) % 2)

@@ -28,6 +28,7 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 Pixels = npt.NDArray[np.uint8]
+Box = tuple[int, int, int, int]
 
 PLAUSIBLE_MPP = (0.04, 20.0)
 """Files claim 72 dpi (353 um/px) or 0: outside these um/px the entry is a placeholder and counts as
@@ -110,12 +111,20 @@ class Slide:
         """
         raise TypeError(f"{type(self).__name__} does not read regions.")
 
-    def blocks(self, level: int, edge_px: int = BLOCK_PX) -> Iterator[Block]:
-        """The whole level, block by block; a damaged block comes with ``pixels`` None and a warning."""
-        for box in _block_boxes(self.level_dimensions[level], edge_px):
+    def blocks(self, level: int, multiple_px: int = 1) -> Iterator[Block]:
+        """The whole level, block by block.
+
+        Corners lie on multiples of ``multiple_px``. A damaged block comes with ``pixels`` None and a warning.
+        """
+        for box in self.block_boxes(level, multiple_px):
             yield self._block(level, box)
 
-    def _block(self, level: int, box: tuple[int, int, int, int]) -> Block:
+    def block_boxes(self, level: int, multiple_px: int) -> Iterator[Box]:
+        """Boxes that cover a level row by row, of a size that the file reads well."""
+        edge = max(1, BLOCK_PX // multiple_px) * multiple_px
+        return boxes(self.level_dimensions[level], (edge, edge))
+
+    def _block(self, level: int, box: Box) -> Block:
         x, y, w, h = box
         scale_x, scale_y = self.level_downsamples[level]
         try:
@@ -164,7 +173,7 @@ class OpenSlideSlide(Slide):
             self._handle = openslide.OpenSlide(str(self.path))
             raise RegionError(_region_message(self.path, (x, y), level, error)) from error
 
-    def blocks(self, level: int, edge_px: int = BLOCK_PX) -> Iterator[Block]:
+    def blocks(self, level: int, multiple_px: int = 1) -> Iterator[Block]:
         """The whole level, with the very pixels of one read from its corner.
 
         OpenSlide takes locations in level-0 px: where a level's downsample is not whole, a block's corner
@@ -175,11 +184,11 @@ class OpenSlideSlide(Slide):
         tiles = self._direct_tiles(level)
         if tiles is not None:
             with contextlib.closing(tiles):
-                yield from self._tile_blocks(tiles, level, edge_px)
+                yield from self._tile_blocks(tiles, level, multiple_px)
         elif level > 0 and size[0] * size[1] <= WHOLE_LEVEL_PX:
-            yield from self._whole_blocks(level, edge_px)
+            yield from self._whole_blocks(level, multiple_px)
         else:
-            yield from super().blocks(level, edge_px)
+            yield from super().blocks(level, multiple_px)
 
     def _direct_tiles(self, level: int) -> JpegTiles | None:
         """A reader of the level's JPEG tiles, if it gives OpenSlide's pixels for a tile in the middle of
@@ -199,20 +208,20 @@ class OpenSlideSlide(Slide):
         tiles.close()
         return None
 
-    def _tile_blocks(self, tiles: JpegTiles, level: int, edge_px: int) -> Iterator[Block]:
-        for x, y, w, h in _block_boxes(self.level_dimensions[level], edge_px):
+    def _tile_blocks(self, tiles: JpegTiles, level: int, multiple_px: int) -> Iterator[Block]:
+        for x, y, w, h in self.block_boxes(level, multiple_px):
             try:
                 yield Block(x, y, w, h, tiles.read((x, y), level, max(w, h))[:h, :w])
             except TileError:
                 yield self._block(level, (x, y, w, h))
 
-    def _whole_blocks(self, level: int, edge_px: int) -> Iterator[Block]:
+    def _whole_blocks(self, level: int, multiple_px: int) -> Iterator[Block]:
         try:
             image = self._read((0, 0), level, self.level_dimensions[level])
         except RegionError:
-            yield from super().blocks(level, edge_px)
+            yield from super().blocks(level, multiple_px)
             return
-        for x, y, w, h in _block_boxes(self.level_dimensions[level], edge_px):
+        for x, y, w, h in self.block_boxes(level, multiple_px):
             yield Block(x, y, w, h, _rgb(image.crop((x, y, x + w, y + h))))
 
     def close(self) -> None:
@@ -296,12 +305,12 @@ def _rgb(image: Image.Image) -> Pixels:
     return np.asarray(cv2.cvtColor(np.asarray(image), cv2.COLOR_RGBA2RGB), np.uint8)
 
 
-def _block_boxes(size_px: tuple[int, int], edge_px: int) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes (x, y, width, height) that cover an image row by row."""
-    width, height = size_px
-    for y in range(0, height, edge_px):
-        for x in range(0, width, edge_px):
-            yield x, y, min(edge_px, width - x), min(edge_px, height - y)
+def boxes(size_px: tuple[int, int], block_px: tuple[int, int]) -> Iterator[Box]:
+    """Boxes (x, y, width, height) that cover an image row by row; sizes are (width, height)."""
+    (width, height), (step_x, step_y) = size_px, block_px
+    for y in range(0, height, step_y):
+        for x in range(0, width, step_x):
+            yield x, y, min(step_x, width - x), min(step_y, height - y)
 
 
 def crop(pixels: Pixels, location_px: tuple[int, int], size_px: tuple[int, int]) -> Pixels:

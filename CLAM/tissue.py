@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from grid import Region
 from params import SlideParams, contour_ids
-from slides import BLOCK_PX, Pixels, Slide
+from slides import Pixels, Slide
 
 from utils.errors import UserError
 
@@ -97,7 +97,7 @@ def scan_level(slide: Slide, level: int, want_saturation: bool = True) -> Scan:
     saturation = np.zeros((size[1] // factor, size[0] // factor) if want_saturation else (0, 0), np.uint8)
     overview = np.zeros((max(1, size[1] // shrink), max(1, size[0] // shrink), 3), np.uint8)
     corrupt = 0
-    for block in slide.blocks(level, max(shrink, BLOCK_PX // shrink * shrink)):
+    for block in slide.blocks(level, shrink):
         if block.pixels is None:
             corrupt += 1
             continue
@@ -168,10 +168,10 @@ def median_above(image: Pixels, edge_px: int, threshold: int) -> Pixels:
 
 def _filter_in_place(image: Pixels, halo: int, function: Callable[[Pixels], Any]) -> None:
     """Applies a local filter strip by strip; each strip sees ``halo`` original rows of its neighbours."""
-    height = image.shape[0]
+    height, rows = image.shape[0], max(STRIP_ROWS, halo)
     above = image[:0].copy()
-    for top in range(0, height, STRIP_ROWS):
-        bottom = min(top + STRIP_ROWS, height)
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
         strip = np.concatenate([above, image[top : min(bottom + halo, height)]])
         skip = len(above)
         above = image[max(0, bottom - halo) : bottom].copy()
@@ -242,9 +242,7 @@ def _chosen(pieces: list[_Piece], params: SlideParams) -> list[_Piece]:
     drop = contour_ids(params.exclude_ids) or ()
     beyond = [i for i in keep if i >= len(pieces)]
     if beyond:
-        raise UserError(
-            f"keep_ids names contour {beyond[0]}; there are {len(pieces)} (0 to {len(pieces) - 1})."
-        )
+        raise UserError(f"keep_ids names contour {beyond[0]}; there are {len(pieces)} (0 to {len(pieces) - 1}).")
     return [pieces[i] for i in sorted(set(keep) - set(drop))]
 
 

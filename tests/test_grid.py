@@ -48,16 +48,13 @@ def published_coords(region: Region, grid: Grid) -> list[tuple[int, int]]:
 def random_regions(seed: int, scale: float, size: int = 160) -> list[Region]:
     """Contours with holes as segmentation gives them: traced from blobs, scaled, truncated."""
     rng = np.random.default_rng(seed)
-    noise = cv2.GaussianBlur(
-        rng.normal(size=(size, size)).astype(np.float32), (0, 0), float(rng.uniform(1, 9))
-    )
+    noise = cv2.GaussianBlur(rng.normal(size=(size, size)).astype(np.float32), (0, 0), float(rng.uniform(1, 9)))
     mask = (noise > np.quantile(noise, rng.uniform(0.2, 0.8))).astype(np.uint8)
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     scaled = [(c.reshape(-1, 2) * scale).astype(np.int32) for c in contours]
     parents = hierarchy[0, :, 3]
     return [
-        Region(scaled[i], tuple(scaled[j] for j in np.flatnonzero(parents == i)))
-        for i in np.flatnonzero(parents == -1)
+        Region(scaled[i], tuple(scaled[j] for j in np.flatnonzero(parents == i))) for i in np.flatnonzero(parents == -1)
     ]
 
 
