@@ -53,7 +53,9 @@ def main(argv: Sequence[str]) -> int:
     command, rest = (COMMANDS[argv[0]], argv[1:]) if known else (train, argv)
     try:
         if argv and not known and not argv[0].startswith("-"):
-            raise UserError(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}, and options start with --")
+            raise UserError(
+                f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}, and options start with --"
+            )
         command(rest)
     except UserError as error:
         log.error("error: %s", error)

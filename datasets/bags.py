@@ -105,8 +105,8 @@ class PixelSource:
                 ) from error
             if image.shape != (side, side, 3):
                 raise UserError(
-                    f"{self.store.path}: patch {pick} of slide {slide!r} is {image.shape[1]} x {image.shape[0]} px, the "
-                    f"store's size is {side} px. Write the store with one --img_size for all slides."
+                    f"{self.store.path}: patch {pick} of slide {slide!r} is {image.shape[1]} x {image.shape[0]} px, "
+                    f"the store's size is {side} px. Write the store with one --img_size for all slides."
                 )
             patches[row] = image
         return torch.from_numpy(patches)

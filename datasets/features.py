@@ -7,6 +7,7 @@ h5_files/<slide>.h5   datasets features (N, D), coords (N, 2)  (CLAM)
 
 from __future__ import annotations
 
+import hashlib
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -160,6 +161,14 @@ class FeatureFolder:
     def width(self) -> int:
         """D, from the first file."""
         return _shape(self.file(self.slides[0]))[1]
+
+    @property
+    def fingerprint(self) -> str:
+        """Short id of what the folder holds: names and sizes of its files."""
+        digest = hashlib.sha256()
+        for slide, file in self._files.items():
+            digest.update(f"{slide}\0{file.stat().st_size}\n".encode())
+        return digest.hexdigest()[:16]
 
 
 class _Counts(Mapping[str, int]):

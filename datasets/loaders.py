@@ -105,7 +105,7 @@ def train_loader(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -
     """Batches of the training stream; workers live as long as the iterator."""
     return DataLoader(
         bags,
-        batch_sampler=stream,  # type: ignore[arg-type]
+        batch_sampler=stream,
         collate_fn=functools.partial(collate, crop_groups=options.crop_groups),
         num_workers=options.workers,
         prefetch_factor=options.prefetch if options.workers else None,

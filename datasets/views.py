@@ -115,13 +115,12 @@ def share_per_chunk(draws: Tensor, chunks: int) -> Tensor:
     return shared
 
 
-def resize_matrix(
-    start: Tensor, length: Tensor, sizes: tuple[int, int], flip: Tensor, shift: Tensor | None
-) -> Tensor:
+def resize_matrix(start: Tensor, length: Tensor, sizes: tuple[int, int], flip: Tensor, shift: Tensor | None) -> Tensor:
     """Filter weights of antialiased bilinear resizing along one axis.
 
     Args:
-        start, length: (P,) crop in px on the shifted patch.
+        start: (P,) first px of the crop on the shifted patch.
+        length: (P,) size of the crop in px.
         sizes: stored size S and output size C in px.
         flip: (P,) nonzero mirrors the output.
         shift: (P,) px by which the patch was moved before the crop, uncovered pixels counting as zero; None: not
@@ -169,7 +168,8 @@ class Renderer:
 
         Args:
             patches: (P, S, S, 3) uint8.
-            draws: (P, 8) from ``ViewPlan.draw``, in host memory so that reading it never waits for the device; None takes the whole patch, resized to ``crop_px``.
+            draws: (P, 8) from ``ViewPlan.draw``, in host memory so that reading it never waits for the device; None
+                takes the whole patch, resized to ``crop_px``.
 
         Returns:
             (P, 3, C, C) normalised.

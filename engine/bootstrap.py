@@ -122,9 +122,7 @@ def bootstrap(statistics: Statistics, fold: int = 0, resamples: int = 1000) -> B
         defined = values[~np.isnan(values)]
         estimates[name] = _estimate(value, defined)
         if len(defined) < len(values):
-            notes.append(
-                f"{name}: undefined in {len(values) - len(defined)} of {len(values)} resamples, left out"
-            )
+            notes.append(f"{name}: undefined in {len(values) - len(defined)} of {len(values)} resamples, left out")
     return Bootstrap(estimates, notes)
 
 

@@ -28,7 +28,9 @@ def load(path: Path) -> dict[str, Any]:
         UserError: when the file is missing, is no checkpoint, or holds more than data.
     """
     if not path.is_file():
-        raise UserError(f"{path}: there is no such checkpoint. Train first, or check --output_path, --project, --title.")
+        raise UserError(
+            f"{path}: there is no such checkpoint. Train first, or check --output_path, --project, --title."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
@@ -49,12 +51,20 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: Path) 
     if not any(k.startswith(("mil.", "encoder.")) for k in given):
         given = {f"mil.{k}": v for k, v in given.items()}
     missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-    shapes = [f"{k} {tuple(given[k].shape)} instead of {tuple(v.shape)}" for k, v in own.items()
-              if k in given and given[k].shape != v.shape]
+    shapes = [
+        f"{k} {tuple(given[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in own.items()
+        if k in given and given[k].shape != v.shape
+    ]
     if missing or unexpected or shapes:
-        parts = [f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
-                 for what, names in (("missing", missing), ("unexpected", unexpected), ("shape", shapes)) if names]
-        raise UserError(f"{source}: the weights do not fit the model ({'; '.join(parts)}). Give the options it was trained with.")
+        parts = [
+            f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("unexpected", unexpected), ("shape", shapes))
+            if names
+        ]
+        raise UserError(
+            f"{source}: the weights do not fit the model ({'; '.join(parts)}). Give the options it was trained with."
+        )
     model.load_state_dict(given)
 
 

@@ -110,13 +110,20 @@ def summary_of(setup: Setup, results: list[FoldResult], task: Task) -> dict[str,
     return {
         "task": task.name,
         "classes": list(setup.cohort.class_names),
-        "selection": {"metric": task.selection, "split": sorted({r.fold.selection for r in results})},
+        "selection": {"metric": task.selection, "split": sorted({r.selected_on for r in results})},
         "folds": [
-            {"fold": r.fold.index, "seed": r.fold.seed, "epochs": r.epochs, "selected_on": r.fold.selection, "test": r.test}
+            {
+                "fold": r.fold.index,
+                "seed": r.fold.seed,
+                "epochs": r.epochs,
+                "selected_on": r.selected_on,
+                "test": r.test,
+            }
             for r in results
         ],
         "summary": {
-            name: summarise([{k: v["value"] for k, v in r.test[name]["metrics"].items()} for r in results]) for name in names
+            name: summarise([{k: v["value"] for k, v in r.test[name]["metrics"].items()} for r in results])
+            for name in names
         },
         "pooled": {name: pooled(results, name, task, setup.config.eval.num_bootstrap) for name in names},
         "config": setup.config.flat(),

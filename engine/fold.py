@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -43,16 +41,22 @@ class FoldRun:
         self.setup, self.fold, self.processes, self.records = setup, fold, processes, records
         self.train_options, self.eval_options = setup.config.train, setup.config.eval
         self.names = EVALUATED[self.eval_options.test_type]
+        self.keep_last = self.eval_options.keep_epoch == "last"
         self.task = build_task(setup, fold)
         seed_all(fold.seed)
         model, renderer = build_model(setup, self.task.outputs, fold.index)
         self.learner = Learner(
-            model.to(processes.device), self.task, renderer, self.train_options, processes, "ema" in self.names
+            model.to(processes.device),
+            self.task,
+            renderer,
+            self.train_options,
+            processes,
+            "ema" in self.names,
         )
         stopping = EarlyStopping(
             self.train_options.patient,
             min(self.train_options.max_epoch, self.train_options.num_epoch),
-            self.train_options.early_stopping,
+            self.train_options.early_stopping and not self.keep_last,
         )
         self.progress = Progress(stopping, best={name: Best() for name in self.names})
         self._resume()
@@ -170,7 +174,7 @@ class FoldRun:
             loss = float(self.task.loss(predictions.logits, predictions.target))
             values |= {f"val_{k}{suffix}": v for k, v in metrics.values.items()} | {f"val_loss{suffix}": loss}
             chosen = metrics.values[self.task.selection]
-            if self.progress.best[name].update(chosen, loss, epoch):
+            if self.progress.best[name].update(chosen, loss, epoch) or self.keep_last:
                 self._save_best(name, epoch)
             if name == self.names[0]:
                 self.progress.stopping.update(chosen)
@@ -269,22 +273,27 @@ class FoldRun:
             predictions = self._predict(name, "test")
             statistics = self.task.statistics(predictions.logits, predictions.target)
             estimates = bootstrap(statistics, self.fold.index, self.eval_options.num_bootstrap)
-            results[name] = {"epoch": content["epoch"], "metrics": estimates.as_dict(), "notes": estimates.notes}
+            results[name] = {
+                "epoch": content["epoch"],
+                "metrics": estimates.as_dict(),
+                "notes": estimates.notes,
+            }
             logits[name] = predictions
             self._write_predictions(name, predictions)
             chosen = estimates[self.task.selection]
             log.info(
-                "%s  test (%s weights of epoch %d, chosen on %s)  %s %.4f [%.4f, %.4f]",
+                "%s  test (%s weights of epoch %d, %s)  %s %.4f [%.4f, %.4f]",
                 self.label,
                 name,
                 content["epoch"] + 1,
-                self.fold.selection,
+                "the last" if self.keep_last else f"chosen on {self.fold.selection}",
                 self.task.selection,
                 chosen.value,
                 chosen.low,
                 chosen.high,
             )
-        return FoldResult(self.fold, self.progress.epoch, results, logits)
+        selected_on = "none" if self.keep_last else self.fold.selection
+        return FoldResult(self.fold, self.progress.epoch, selected_on, results, logits)
 
     def _write_predictions(self, name: str, predictions: Predictions) -> None:
         scores = self.task.scores(predictions.logits)
@@ -310,12 +319,14 @@ class FoldResult:
     Attributes:
         fold: its samples and seed.
         epochs: epochs trained.
+        selected_on: split that chose the epoch: "val", "test", or "none" where the last one was kept.
         test: for each evaluated set of weights: chosen epoch, metrics with intervals, notes.
         predictions: logits and targets behind the metrics, for pooling over folds.
     """
 
     fold: Fold
     epochs: int
+    selected_on: str
     test: dict[str, dict[str, Any]]
     predictions: dict[str, Predictions]
 

@@ -82,7 +82,7 @@ class Learner:
         self.loss_weights = _loss_weights(model, options)
         if options.torchcompile and model.encoder is not None:
             model.encoder.compile()
-        self.wrapped: nn.Module = model
+        self.wrapped: SlideModel | DistributedDataParallel = model
         if processes.world > 1:
             ids = [processes.device.index] if cuda else None
             self.wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
@@ -103,7 +103,9 @@ class Learner:
             The batch's loss, a detached scalar on the device.
         """
         bags = bags.to(self.processes.device)
-        hold = contextlib.nullcontext() if update or self.wrapped is self.model else self.wrapped.no_sync()
+        hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if not update and isinstance(self.wrapped, DistributedDataParallel):
+            hold = self.wrapped.no_sync()
         with hold:
             loss = self._loss(bags)
             self.scaler.scale(loss / divide_by).backward()

@@ -145,17 +145,13 @@ def _plain(x: Floats, y: Ints) -> dict[str, Any]:
     from sklearn import metrics as sk
 
     predicted, classes = x.argmax(axis=1), np.arange(x.shape[1])
-    precision, recall, f1, _ = sk.precision_recall_fscore_support(
-        y, predicted, average="macro", zero_division=0
-    )
+    precision, recall, f1, _ = sk.precision_recall_fscore_support(y, predicted, average="macro", zero_division=0)
     aucs = class_aucs(x, y)
     return {
         "auc": aucs[~np.isnan(aucs)].mean() if len(np.unique(y)) > 1 else np.nan,
         "accuracy_macro": recall,
         "accuracy_micro": sk.accuracy_score(y, predicted),
-        "balanced_accuracy": sk.recall_score(
-            y, predicted, labels=np.unique(y), average="macro", zero_division=0
-        ),
+        "balanced_accuracy": sk.recall_score(y, predicted, labels=np.unique(y), average="macro", zero_division=0),
         "f1_macro": f1,
         "precision_macro": precision,
         "recall_macro": recall,

@@ -27,9 +27,10 @@ def build_schedule(optimizer: torch.optim.Optimizer, options: TrainConfig) -> Sc
 
     Warm-up counts inside the total: the first epoch runs at ``warmup_lr``, and the peak lies on the cosine.
     """
-    warmup = {"warmup_t": options.warmup_epochs, "warmup_lr_init": options.warmup_lr}
+    epochs, warmup, start = options.num_epoch, options.warmup_epochs, options.warmup_lr
     if options.lr_sche == "cosine":
-        return CosineLRScheduler(optimizer, t_initial=options.num_epoch, lr_min=LEAST_LR, **warmup)
+        return CosineLRScheduler(optimizer, t_initial=epochs, lr_min=LEAST_LR, warmup_t=warmup, warmup_lr_init=start)
     if options.lr_sche == "step":
-        return StepLRScheduler(optimizer, decay_t=max(options.num_epoch / 2, 1), decay_rate=0.2, **warmup)
+        half = max(epochs / 2, 1)
+        return StepLRScheduler(optimizer, decay_t=half, decay_rate=0.2, warmup_t=warmup, warmup_lr_init=start)
     return None

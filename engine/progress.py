@@ -42,8 +42,8 @@ class LossMeter:
         self._last = None
         if value != value or abs(value) == float("inf"):
             raise UserError(
-                f"the loss became {value} on the bags {', '.join(bags)}. Look at their patches or features; if they are "
-                "sound, lower --lr, or give --clip_grad=1, --amp_dtype=bf16 or no --amp."
+                f"the loss became {value} on the bags {', '.join(bags)}. Look at their patches or features; if "
+                "they are sound, lower --lr, or give --clip_grad=1, --amp_dtype=bf16 or no --amp."
             )
 
     def total(self) -> tuple[float, int]:

@@ -46,7 +46,11 @@ class WandbTracker:
         import wandb
 
         self.run = wandb.init(
-            project=config.run.project, name=config.run.title, config=config.flat(), dir=str(folder), save_code=False
+            project=config.run.project,
+            name=config.run.title,
+            config=config.flat(),
+            dir=str(folder),
+            save_code=False,
         )
 
     def log(self, values: Mapping[str, Any]) -> None:
@@ -101,7 +105,10 @@ class Records:
     def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Writes a csv file."""
         if self.active:
-            with atomic_path(self.folder / name) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            with (
+                atomic_path(self.folder / name) as temporary,
+                temporary.open("w", newline="", encoding="utf-8") as file,
+            ):
                 writer = csv.writer(file)
                 writer.writerow(header)
                 writer.writerows(rows)

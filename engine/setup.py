@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -25,9 +24,6 @@ from modules.names import parse_model_name
 from modules.registry import UnknownNameError
 from utils.config import Config, DataConfig
 from utils.errors import Faults, UserError
-
-if TYPE_CHECKING:
-    from datasets.features import FeatureFolder
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +45,7 @@ class Sources:
     test: Source
     stored_px: int | None
     width: int | None
-    slides: dict[str, int]
+    slides: Mapping[str, int]
     fingerprints: dict[str, str]
 
 
@@ -108,33 +104,69 @@ def open_sources(data: DataConfig, pixels: bool) -> Sources:
     """
     faults = Faults("data")
     if not data.dataset_root:
-        faults.add("dataset_root is not set: give --dataset_root, the store (or feature folder) of the high magnification")
+        faults.add(
+            "dataset_root is not set: give --dataset_root, the store (or feature folder) of the high magnification"
+        )
     if data.mul_scale_input and not data.dataset_sub_root:
         faults.add("mul_scale_input needs --dataset_sub_root, the store of the low magnification")
     if data.mul_scale_ratio < 1:
-        faults.add(f"mul_scale_ratio is {data.mul_scale_ratio:g}: the low-magnification share is 1 / ratio, so at least 1")
+        faults.add(
+            f"mul_scale_ratio is {data.mul_scale_ratio:g}: the low-magnification share is 1 / ratio, so at least 1"
+        )
     if data.dataset_sub_root and not data.mul_scale_input:
         log.info("dataset_sub_root is given but not read: bags have one magnification without --mul_scale_input.")
     faults.raise_if_any()
-    roots = [data.dataset_sub_root] if data.mul_scale_input else []
-    roots.append(data.dataset_root)
-    open_one = _open_store if pixels else _open_features
-    opened = {root: open_one(root) for root in {*roots, data.dataset_test_root or data.dataset_root} if root}
-    names = [set(opened[root].slides) for root in opened]
-    high = opened[data.dataset_test_root or data.dataset_root]  # type: ignore[index]
-    missing = set().union(*names) - set.intersection(*names)
-    if missing:
-        example = ", ".join(sorted(missing)[:3])
-        log.info("%d slides are not in every store and count as missing, for example %s.", len(missing), example)
-    stored_px = _common_size(data, {r: opened[r] for r in roots if r}) if pixels else None
+    return _pixel_sources(data) if pixels else _feature_sources(data)
+
+
+def _pixel_sources(data: DataConfig) -> Sources:
+    train_roots, test_root = _roots(data)
+    stores = {root: _open_store(root) for root in dict.fromkeys([*train_roots, test_root])}
     return Sources(
-        train=tuple(_source(opened[r], data) for r in roots if r),
-        test=_source(high, data),
-        stored_px=stored_px,
-        width=None if pixels else high.width,
-        slides={s: n for s, n in high.counts.items() if s not in missing},
-        fingerprints={str(root): handle.fingerprint for root, handle in opened.items()},
+        train=tuple(PixelSource(stores[root], data.channel_order) for root in train_roots),
+        test=PixelSource(stores[test_root], data.channel_order),
+        stored_px=_common_size(data, {root: stores[root] for root in train_roots}),
+        width=None,
+        slides=_in_all({root: store.counts for root, store in stores.items()}, test_root),
+        fingerprints={root: store.fingerprint for root, store in stores.items()},
     )
+
+
+def _feature_sources(data: DataConfig) -> Sources:
+    from datasets.features import FeatureFolder  # h5py is needed for features only
+
+    train_roots, test_root = _roots(data)
+    folders = {root: FeatureFolder(root) for root in dict.fromkeys([*train_roots, test_root])}
+    widths = {root: folder.width for root, folder in folders.items()}
+    if len(set(widths.values())) > 1:
+        listing = ", ".join(f"{root}: {width}" for root, width in widths.items())
+        raise UserError(f"the feature folders differ in width ({listing}). Extract all with one encoder.")
+    return Sources(
+        train=tuple(FeatureSource(folders[root]) for root in train_roots),
+        test=FeatureSource(folders[test_root]),
+        stored_px=None,
+        width=widths[test_root],
+        slides=_in_all({root: folder.counts for root, folder in folders.items()}, test_root),
+        fingerprints={root: folder.fingerprint for root, folder in folders.items()},
+    )
+
+
+def _roots(data: DataConfig) -> tuple[list[str], str]:
+    """Paths of the training sources, low magnification first, and of the test source."""
+    high = str(data.dataset_root)
+    low = [str(data.dataset_sub_root)] if data.mul_scale_input else []
+    return [*low, high], data.dataset_test_root or high
+
+
+def _in_all(counts: Mapping[str, Mapping[str, int]], test_root: str) -> Mapping[str, int]:
+    """Slides that every source holds, with their instances in the test source; logs which ones are left out."""
+    names = [set(held) for held in counts.values()]
+    common = set.intersection(*names)
+    lacking = sorted(set.union(*names) - common)
+    if not lacking:
+        return counts[test_root]
+    log.info("%d slides are not in every store and count as missing, such as %s.", len(lacking), ", ".join(lacking[:3]))
+    return {slide: n for slide, n in counts[test_root].items() if slide in common}
 
 
 def _open_store(root: str) -> PatchStore:
@@ -143,34 +175,22 @@ def _open_store(root: str) -> PatchStore:
     return PatchStore(root)
 
 
-def _open_features(root: str) -> FeatureFolder:
-    from datasets.features import FeatureFolder  # h5py is needed for features only
-
-    return FeatureFolder(root)
-
-
-def _source(handle: PatchStore | FeatureFolder, data: DataConfig) -> Source:
-    if isinstance(handle, PatchStore):
-        return PixelSource(handle, data.channel_order)
-    return FeatureSource(handle)
-
-
 def _common_size(data: DataConfig, stores: dict[str, PatchStore]) -> int:
     """The stored size in px of the training stores; they must agree with each other and with ``img_size``."""
     sizes = {root: store.image_size_px for root, store in stores.items()}
     listing = ", ".join(f"{root}: {px} px" for root, px in sizes.items())
     if len(set(sizes.values())) > 1:
         raise UserError(
-            f"the two magnifications hold patches of different size ({listing}). Write both with the same --img_size of "
-            "CLAM/save_patches.py."
+            f"the two magnifications hold patches of different size ({listing}). Write both with one --img_size "
+            "of CLAM/save_patches.py."
         )
     size = next(iter(sizes.values()))
     if data.img_size is not None and data.img_size != size:
         raise UserError(
-            f"img_size is {data.img_size}, but the training store holds {size} px patches ({listing}). Give the store "
-            f"that holds {data.img_size} px as --dataset_root, or --img_size={size}. (The published program replaced 224 "
-            "by 256 inside the path; here --dataset_root is the training store as it is, and --dataset_test_root may name "
-            "a separate one for evaluation.)"
+            f"img_size is {data.img_size}, but the training store holds {size} px patches ({listing}). Give the "
+            f"store that holds {data.img_size} px as --dataset_root, or --img_size={size}. (The published program "
+            "replaced 224 by 256 inside the path; here --dataset_root is the training store as it is, and "
+            "--dataset_test_root may name a separate one for evaluation.)"
         )
     return size
 
@@ -226,7 +246,9 @@ def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Rend
     mil = build_mil(setup.mil, width, outputs, options)
     model = SlideModel(mil, encoder, train.p_batch_size, options.freeze_enc)
     if train.channels_last and encoder is not None:
-        model.encoder = encoder.to(memory_format=torch.channels_last)
+        for parameter in encoder.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     return model, renderer
 
 

@@ -217,13 +217,9 @@ def _checked(time: ArrayLike, event: ArrayLike, shape: tuple[int, ...]) -> tuple
             f"{e.shape}. Pass arrays of one length."
         )
     if not (np.isfinite(t).all() and (t >= 0).all()):
-        raise UserError(
-            f"{int((~(t >= 0) | np.isinf(t)).sum())} of {t.size} times are negative or missing. Drop them."
-        )
+        raise UserError(f"{int((~(t >= 0) | np.isinf(t)).sum())} of {t.size} times are negative or missing. Drop them.")
     if not np.isin(e, (0, 1)).all():
-        raise UserError(
-            f"events are {np.unique(e)[:5].tolist()}, but only 1 (event) and 0 (censored) are known."
-        )
+        raise UserError(f"events are {np.unique(e)[:5].tolist()}, but only 1 (event) and 0 (censored) are known.")
     return t, e.astype(bool)
 
 
@@ -289,7 +285,5 @@ def _notes(data: SurvivalStatistics, values: dict[str, float]) -> list[str]:
     }
     notes = [f"{name} is NaN: {reasons[name]}" for name, value in values.items() if np.isnan(value)]
     if data.own_censoring:
-        notes.append(
-            "c_index_ipcw and auc_td take the censoring from the patients evaluated, not from training"
-        )
+        notes.append("c_index_ipcw and auc_td take the censoring from the patients evaluated, not from training")
     return notes

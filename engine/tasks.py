@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from engine.bootstrap import Statistics
@@ -29,9 +28,14 @@ class Task(Protocol):
         selection: the metric whose maximum chooses the epoch.
     """
 
-    name: str
-    outputs: int
-    selection: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def outputs(self) -> int: ...
+
+    @property
+    def selection(self) -> str: ...
 
     def loss(self, logits: Tensor, target: Target) -> Tensor:
         """Mean loss of (B, K) float32 logits."""
@@ -140,7 +144,9 @@ def selection_metric(name: str | None, index: int, classes: int | None) -> str:
         known = tuple(m for m in CLASSIFICATION_METRICS if m != "ece")
     if name is not None:
         if name not in known:
-            raise UserError(f"best_metric: there is no metric {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}")
+            raise UserError(
+                f"best_metric: there is no metric {name!r}; there are {', '.join(known)}.{did_you_mean(name, known)}"
+            )
         return name
     if classes is None:
         return "c_index"
@@ -152,5 +158,3 @@ def selection_metric(name: str | None, index: int, classes: int | None) -> str:
             f"({', '.join(PUBLISHED_METRIC_ORDER)}). Give --best_metric by name."
         )
     return PUBLISHED_METRIC_ORDER[index]
-
-

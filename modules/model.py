@@ -90,7 +90,8 @@ class SlideModel(nn.Module):
             features = features[keep.nonzero().squeeze(1).to(features.device, non_blocking=True)]
         x, mask = pad(features, sizes)
         if target is not None and criterion is not None and hasattr(self.mil, "forward_with_aux"):
-            return self.mil.forward_with_aux(x, mask, target, criterion)
+            with_aux: Callable[..., tuple[Tensor, Tensor]] = self.mil.forward_with_aux  # type: ignore[assignment]
+            return with_aux(x, mask, target, criterion)
         return self.mil(x, mask), None
 
 

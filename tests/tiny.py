@@ -76,7 +76,13 @@ def make_tiny_cohort(folder: Path, patients: int = 24) -> TinyCohort:
     _write_csv(folder / "labels.csv", ["case", "slide", "label", "fold"], rows)
     rng = np.random.default_rng(3)
     survival = [
-        ("tiny", s, f"{rng.uniform(1, 20) + 30 * label:.2f}", str(int(rng.random() < 0.8)), splits[s.split("-")[0]])
+        (
+            "tiny",
+            s,
+            f"{rng.uniform(1, 20) + 30 * label:.2f}",
+            str(int(rng.random() < 0.8)),
+            splits[s.split("-")[0]],
+        )
         for s, label in labels.items()
         if s.endswith("-0")
     ]

@@ -22,11 +22,16 @@ class DataConfig:
     """What is read: stores or features, labels, splits, bags."""
 
     dataset_root: str | None = option(
-        None, "patch store (LMDB file or folder of shards) of the high magnification; features: folder with pt_files/ or h5_files/"
+        None,
+        "patch store (LMDB file or folder of shards) of the high magnification; features: folder with pt_files/ or "
+        "h5_files/",
     )
-    dataset_sub_root: str | None = option(None, "store or feature folder of the low magnification, for multi-scale bags")
+    dataset_sub_root: str | None = option(
+        None, "store or feature folder of the low magnification, for multi-scale bags"
+    )
     dataset_test_root: str | None = option(
-        None, "separate high-magnification store for validation and test; default: dataset_root, resized on the device"
+        None,
+        "separate high-magnification store for validation and test; default: dataset_root, resized on the device",
     )
     csv_path: str | None = option(None, "label csv, or folder of fold_<k>.csv")
     datasets: str = option("panda", "task key: panda, brca, nsclc, call, bio*, surv_*, or any name of your own")
@@ -34,11 +39,13 @@ class DataConfig:
     missing: str = option("error", "what to do when a labelled slide is not in the store", ("error", "drop"))
     val_ratio: float | None = option(
         None,
-        "share of the training part taken as validation (csv without a split column: share taken as test); 0: validation "
-        "is the test set; default: the csv's val rows, else the test set",
+        "share of the training part taken as validation (csv without a split column: share taken as test); "
+        "0: validation is the test set; default: the csv's val rows, else the test set",
     )
     bag_level: str = option(
-        "auto", "one bag per slide or per patient; auto: slide, or case for survival", ("auto", "slide", "case")
+        "auto",
+        "one bag per slide or per patient; auto: slide, or case for survival",
+        ("auto", "slide", "case"),
     )
     surv_bins: str = option(
         "train",
@@ -61,12 +68,11 @@ class DataConfig:
     same_psize: int = option(0, "patches (or features) per training bag; 0: all")
     pad_enc_bs: bool = option(False, "extend short training bags to same_psize with random duplicates")
     all_patch_train: bool = option(False, "the duplicates of pad_enc_bs take part in the MIL head too")
-    img_transform: str = option(
-        "none", "training augmentation", ("none", "weak", "weak_strong", "strong", "strong_v2")
-    )
+    img_transform: str = option("none", "training augmentation", ("none", "weak", "weak_strong", "strong", "strong_v2"))
     crop_scale: float = option(0.08, "lower bound of the random resized crop's area, as a share")
     img_trans_chunk: int = option(
-        0, "0: every patch draws its own crop; n: n groups per batch share one crop and shift, as the published code did"
+        0,
+        "0: every patch draws its own crop; n: n groups per batch share one crop and shift, as the published code did",
     )
     num_workers: int = option(6, "reading processes for training")
     num_workers_test: int | None = option(None, "reading processes for evaluation; default: num_workers")
@@ -95,7 +101,9 @@ class ModelConfig:
     ffn_ratio: float = option(4.0, "hidden width of the feed-forward block in units of its input")
     ffn_dp: float = option(0.0, "dropout in the feed-forward block")
     sdpa_type: str = option(
-        "torch", "attention kernel; torch picks the best available", ("torch", "flash", "math", "memo_effi", "torch_math")
+        "torch",
+        "attention kernel; torch picks the best available",
+        ("torch", "flash", "math", "memo_effi", "torch_math"),
     )
     abx_attn_plus: bool = option(True, "ABMILX: attention plus (A+); --no_abx_attn_plus leaves multi-head ABMIL")
     abx_D: float | None = option(None, "ABMILX: hidden width of the score MLP; above 10 absolute, else a divisor")
@@ -154,10 +162,18 @@ class EvalConfig:
 
     test_type: str = option("main", "weights that are evaluated", ("main", "ema", "both", "both_ema"))
     p_batch_size_v: int = option(2048, "patches per encoder call in evaluation")
-    best_metric: str | None = option(
-        None, "metric that chooses the epoch; default: auc for two classes, accuracy_macro for more, c_index for survival"
+    keep_epoch: str = option(
+        "best",
+        "best: the epoch that the validation metric chooses; last: the final one, without any choice",
+        ("best", "last"),
     )
-    best_metric_index: int = option(-1, "the published way to choose it: -1 default, 0 auc or c_index, 1 accuracy_macro, ...")
+    best_metric: str | None = option(
+        None,
+        "metric that chooses the epoch; default: auc for two classes, accuracy_macro for more, c_index for survival",
+    )
+    best_metric_index: int = option(
+        -1, "the published way to choose it: -1 default, 0 auc or c_index, 1 accuracy_macro, ..."
+    )
     num_bootstrap: int = option(1000, "bootstrap resamples of the test predictions")
     always_test: bool = option(False, "also evaluate the test set every epoch (never used for selection)")
 
@@ -172,7 +188,8 @@ class RunConfig:
     script_mode: str = option("all", "train and test, or one of them", ("all", "test", "no_test"))
     resume: str = option(
         "auto",
-        "auto: go on where a run with the same options in the same folder stopped; never: start anew and replace its files",
+        "auto: go on where a run with the same options in the same folder stopped; never: start anew and replace its "
+        "files",
         ("auto", "never"),
     )
     log_iter: int = option(100, "steps between two lines of the log")

@@ -62,9 +62,12 @@ def processes(device: str = "auto", timeout_minutes: int = 30) -> Iterator[Proce
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     place = _place(device, local_rank)
     if world > 1:
-        backend = "nccl" if place.type == "cuda" else "gloo"
-        options = {"device_id": place} if place.type == "cuda" else {}
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), **options)
+        cuda = place.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=timedelta(minutes=timeout_minutes),
+            device_id=place if cuda else None,
+        )
     yield Processes(rank, world, place)
     if world > 1:  # not behind an exception: the peers would be waited for, and torchrun is about to end them
         dist.destroy_process_group()
