@@ -139,11 +139,12 @@ def test_batch_of_bags_equals_bags_one_by_one(case: Case) -> None:
 
 @every()
 def test_mask_equals_truncation(case: Case) -> None:
-    head, (x, pos) = build(case), batch(case)
-    mask = torch.ones(3, PATCHES, dtype=torch.bool)
+    head, (x, pos) = build(case), batch(case, bags=4)
+    mask = torch.ones(4, PATCHES, dtype=torch.bool)
     mask[0, 5:] = False
     mask[1, [0, 3, 4, 8]] = False  # padding need not stand at the end
-    single = torch.cat([head(x[i, mask[i]], pos=part(pos, (i, mask[i]))) for i in range(3)])
+    mask[2, 1:] = False
+    single = torch.cat([head(x[i, mask[i]], pos=part(pos, (i, mask[i]))) for i in range(4)])
     for garbage in (0.0, 1e3, float("nan")):
         padded = x.masked_fill(~mask.unsqueeze(-1), garbage)
         torch.testing.assert_close(head(padded, mask, pos=pos), single, atol=1e-5, rtol=1e-5)
@@ -215,16 +216,17 @@ def test_evaluation_is_deterministic_and_draws_nothing(case: Case) -> None:
 
 
 @every()
-def test_auxiliary_logits_equal_forward(case: Case) -> None:
+def test_auxiliary_loss_is_the_mean_over_bags_and_keeps_the_logits(case: Case) -> None:
     head, (x, _) = build(case), batch(case)
     if not hasattr(head, "loss_weights"):
         assert not hasattr(head, "forward_with_aux")
         pytest.skip("no auxiliary loss")
     mask = torch.arange(PATCHES) < torch.tensor([[3], [PATCHES], [1]])
-    logits, aux = head.forward_with_aux(x, mask, torch.tensor([0, 1, 2]), F.cross_entropy)
+    target = torch.tensor([0, 1, 2])
+    logits, aux = head.forward_with_aux(x, mask, target, F.cross_entropy)
     assert torch.equal(logits, head(x, mask))
-    assert aux.shape == ()
-    assert aux.item() > 0
+    bags = [(x[i, mask[i]].unsqueeze(0), None, target[i : i + 1], F.cross_entropy) for i in range(3)]
+    torch.testing.assert_close(aux, torch.stack([head.forward_with_aux(*bag)[1] for bag in bags]).mean())
 
 
 @every()

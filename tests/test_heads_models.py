@@ -18,10 +18,18 @@ from modules.dsmil import DSMIL
 from modules.dtfd import DTFD
 from modules.heads import build_mil
 from modules.layers import PatchBatchNorm, StemOptions, masked_softmax
-from modules.mamba2d import grid_cells, scan_2d
+from modules.mamba2d import Mamba2DMIL, grid_cells, scan_2d
 from modules.pooling import FeatureMean, InstancePooling
 from modules.qamil import QAMIL
-from modules.rrt import CrossRegionAttention, RegionAttention, RRTOptions, from_regions, spread, to_regions
+from modules.rrt import (
+    CrossRegionAttention,
+    RegionAttention,
+    RRTOptions,
+    SelfAttention,
+    from_regions,
+    spread,
+    to_regions,
+)
 from modules.transmil import PPEG, NystromAttention, pseudo_inverse, segment_means
 from modules.vitmil import Attention, sincos
 from utils.config import ModelConfig
@@ -138,9 +146,7 @@ def test_clam_instance_loss_by_hand() -> None:
     head, x = CLAM(4, 2, STEM, multi_branch=False).eval(), torch.randn(1, 3, 4)
     order = head.attention(x)[0, 0].argsort(descending=True)
     scores = head.instance(head.stem(x))[0]  # two scores for class 0, then two for class 1
-    own = smooth_svm(
-        scores[order[[0, 1, 2]], 2:], torch.tensor([1, 1, 0])
-    )  # three patches: two most, one least
+    own = smooth_svm(scores[order[[0, 1, 2]], 2:], torch.tensor([1, 1, 0]))  # three patches: two most, one least
     other = smooth_svm(scores[order[:2], :2], torch.tensor([0, 0]))
     aux = head.forward_with_aux(x, None, torch.tensor([1]), CE)[1]
     torch.testing.assert_close(aux, (own + other) / 2)
@@ -184,6 +190,17 @@ def test_dtfd_pools_pseudo_bags_then_their_features() -> None:
     logits, aux = head.forward_with_aux(x, None, target, CE)
     torch.testing.assert_close(logits[0], head.bag_classifier(b @ z))
     torch.testing.assert_close(aux, sum(CE(head.classifier(f).unsqueeze(0), target) for f in features) / 2)
+
+
+def test_dtfd_of_two_patches_has_two_pseudo_bags() -> None:
+    head, x = DTFD(4, 2, STEM, pseudo_bags=5).eval(), torch.randn(1, 2, 4)
+    z = head.stem(x)[0]  # each patch is its pseudo-bag's feature
+    b = head.bag_scores(z.unsqueeze(0))[0, 0].softmax(0)
+    target = torch.tensor([0])
+    logits, aux = head.forward_with_aux(x, None, target, CE)
+    losses = [CE(head.classifier(z[i : i + 1]), target) for i in (0, 1, 0, 1, 0)]
+    torch.testing.assert_close(logits[0], head.bag_classifier(b @ z))
+    torch.testing.assert_close(aux, torch.stack(losses).mean())
 
 
 def test_dtfd_draws_new_pseudo_bags_in_training() -> None:
@@ -290,6 +307,14 @@ def test_region_attention_stays_in_its_region_and_cross_region_does_not() -> Non
     assert (across(x, real) != across(other, real)).flatten(2).any(-1).all()
 
 
+def test_empty_cells_do_not_matter_to_attention_with_epeg() -> None:
+    layer, x = SelfAttention(8, 2, epeg_k=3), torch.randn(1, 4, 8)
+    nn.init.normal_(layer.qkv.bias)
+    real = torch.tensor([[True, True, False, True]])
+    other = x.masked_fill(~real.unsqueeze(-1), 7.0)
+    torch.testing.assert_close(layer(x, real)[real], layer(other, real)[real])
+
+
 def test_spread_by_hand() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, 9.0]).view(1, 2, 2, 1)
     cells = torch.tensor([[True, True], [True, False]]).unsqueeze(-1)
@@ -317,9 +342,7 @@ def test_wikg_message_by_hand() -> None:
         edge = p * t[chosen] + (1 - p) * u[i]
         a = (t[chosen] * torch.tanh(u[i] + edge)).sum(1).softmax(0)
         messages.append(a @ t[chosen])
-    torch.testing.assert_close(
-        head._neighbourhood(head.head(h), head.tail(h), None)[0], torch.stack(messages)
-    )
+    torch.testing.assert_close(head._neighbourhood(head.head(h), head.tail(h), None)[0], torch.stack(messages))
 
 
 def dilated_by_definition(q: Tensor, k: Tensor, v: Tensor, branches: tuple[tuple[int, int], ...]) -> Tensor:
@@ -377,6 +400,13 @@ def test_grid_leaves_out_empty_rows_and_columns() -> None:
     cells, rows, columns = grid_cells(torch.tensor([[5, 100], [90, 100], [5, 7]]))
     assert (rows, columns) == (2, 2)
     assert cells.tolist() == [2, 3, 0]
+
+
+def test_patches_of_one_cell_share_its_mean() -> None:
+    head, h = Mamba2DMIL(4, 2, STEM).eval(), torch.randn(3, 8)
+    pos = torch.tensor([[2, 5], [2, 5], [3, 5]])
+    mean = torch.stack([(h[0] + h[1]) / 2, h[2]])
+    torch.testing.assert_close(head._scan(h, pos), head._scan(mean, pos[1:])[[0, 0, 1]])
 
 
 def test_chief_site_moves_every_slide_alike() -> None:
