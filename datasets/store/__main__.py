@@ -31,9 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="for programs")
     check = commands.add_parser("verify", help="decode every patch; name the bad ones")
     check.add_argument("store", type=Path)
-    check.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per CPU"
-    )
+    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per CPU")
     merge = commands.add_parser("merge", help="join stores (or folders of shards) into one file")
     merge.add_argument("target", type=Path)
     merge.add_argument("sources", type=Path, nargs="+")
@@ -82,9 +80,7 @@ def show_info(store: PatchStore, as_json: bool) -> None:
     _say(f"{store.path}: {len(store.slides)} slides, {len(store):,} patches in {len(store.files)} file(s)")
     if counts:
         _say(f"patches per slide: least {counts[0]}, median {counts[len(counts) // 2]}, most {counts[-1]}")
-    _say(
-        f"image size: {facts['image_size_px']} px; {sum(f.stat().st_size for f in store.files) / 1e6:,.1f} MB"
-    )
+    _say(f"image size: {facts['image_size_px']} px; {sum(f.stat().st_size for f in store.files) / 1e6:,.1f} MB")
     _say(f"fingerprint: {store.fingerprint}")
     if store.header is None:
         _say("header: none (written by the published program)")

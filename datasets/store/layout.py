@@ -117,8 +117,7 @@ def check_name(slide: str) -> None:
     size = len(slide.encode())
     if not 0 < size <= MAX_NAME_BYTES:
         raise UserError(
-            f"slide name {slide[:60]!r} has {size} bytes; a store takes 1 to {MAX_NAME_BYTES}. "
-            "Rename the slide."
+            f"slide name {slide[:60]!r} has {size} bytes; a store takes 1 to {MAX_NAME_BYTES}. Rename the slide."
         )
 
 

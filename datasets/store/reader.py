@@ -26,6 +26,17 @@ T = TypeVar("T")
 _OPEN: weakref.WeakValueDictionary[tuple[int, int, int], Any] = weakref.WeakValueDictionary()
 
 
+def _close_inherited() -> None:
+    """In a forked process: lets go of the parent's environments, which LMDB would count as open here."""
+    for env in list(_OPEN.values()):
+        env.close()
+    _OPEN.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited)
+
+
 class PatchStore:
     """Read-only view of the patches of many slides.
 
@@ -70,9 +81,7 @@ class PatchStore:
             slides = _metadata(txn, file, layout.SLIDES, safe_pickle.load_names)
             header = txn.get(layout.HEADER)
         if sorted(slides) != sorted(counts):
-            raise UserError(
-                f"{file}: __slide__ lists {len(slides)} slides and __pn__ {len(counts)} others: damaged."
-            )
+            raise UserError(f"{file}: __slide__ lists {len(slides)} slides and __pn__ {len(counts)} others: damaged.")
         for slide in slides:
             if slide in self._file_of:
                 other = self.files[self._file_of[slide]]
@@ -152,8 +161,7 @@ class PatchStore:
         height, width = jpeg.image_size(self.read(slide, [0])[0])
         if height != width:
             raise UserError(
-                f"{self.path}: patch 0 of slide {slide!r} has {width} x {height} px; "
-                "stores hold square patches."
+                f"{self.path}: patch 0 of slide {slide!r} has {width} x {height} px; stores hold square patches."
             )
         return height
 
@@ -187,16 +195,12 @@ def _store_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(
-            f"{path}: no such store (an LMDB file, or a folder of them).{did_you_mean(path.name, known)}"
-        )
+        raise UserError(f"{path}: no such store (an LMDB file, or a folder of them).{did_you_mean(path.name, known)}")
     if (path / "data.mdb").is_file():
         return [path / "data.mdb"]
     files = sorted(p for p in path.iterdir() if p.suffix in (".lmdb", ".mdb") and p.is_file())
     if not files:
-        raise UserError(
-            f"{path}: the folder holds no .lmdb file. Give the store that CLAM/save_patches.py wrote."
-        )
+        raise UserError(f"{path}: the folder holds no .lmdb file. Give the store that CLAM/save_patches.py wrote.")
     return files
 
 
@@ -209,9 +213,7 @@ def _open(file: Path) -> Any:
     env = _OPEN.get(key)
     if env is None:
         try:
-            env = lmdb.open(
-                str(file), subdir=False, readonly=True, lock=False, readahead=False, max_spare_txns=1
-            )
+            env = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False, max_spare_txns=1)
         except lmdb.Error as error:
             empty = " (it is empty)" if stat.st_size == 0 else ""
             raise UserError(f"{file}: not an LMDB file{empty}: {error}") from error

@@ -229,11 +229,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     **{(f"{core}.multiarray", "_reconstruct"): _Call(_reconstruct) for core in _CORES},
     **{(f"{core}.multiarray", "scalar"): _Call(_scalar) for core in _CORES},
     **{(f"{core}.numeric", "_frombuffer"): _Call(_frombuffer) for core in _CORES},
-    **{
-        (module, name): _Call(_bytes)
-        for module in ("builtins", "__builtin__")
-        for name in ("bytes", "bytearray")
-    },
+    **{(module, name): _Call(_bytes) for module in ("builtins", "__builtin__") for name in ("bytes", "bytearray")},
 }
 
 

@@ -123,9 +123,7 @@ def _export_coords(store: PatchStore, slide: str, folder: Path, trident: bool) -
     path = folder / f"{slide}{'_patches' if trident else ''}.h5"
     coords = store.coords(slide)
     if coords is None:
-        log.warning(
-            "%s: the store has no coordinates of slide %s, so no h5 file is written", store.path, slide
-        )
+        log.warning("%s: the store has no coordinates of slide %s, so no h5 file is written", store.path, slide)
         return
     import h5py
 
@@ -163,9 +161,7 @@ def trident_attributes(slide: str, info: SlideInfo, image_size_px: int) -> dict[
     return _known(
         name=slide,
         patch_size=image_size_px,
-        patch_size_level0=round(info.patch_size_px * downsample[0])
-        if downsample and info.patch_size_px
-        else None,
+        patch_size_level0=round(info.patch_size_px * downsample[0]) if downsample and info.patch_size_px else None,
         level0_magnification=round(10 / level0_mpp) if level0_mpp else None,
         target_magnification=round(10 / mpp) if mpp else None,
         overlap=0,

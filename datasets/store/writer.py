@@ -78,9 +78,7 @@ class StoreWriter:
         size = max(map_bytes, 2 * self.path.stat().st_size)
         try:
             # Exclusion is by our own lock, so no <name>-lock file is left beside the store.
-            return lmdb.open(
-                str(self.path), subdir=False, map_size=size, lock=False, readahead=False, meminit=False
-            )
+            return lmdb.open(str(self.path), subdir=False, map_size=size, lock=False, readahead=False, meminit=False)
         except lmdb.Error as error:
             raise UserError(
                 f"{self.path}: cannot be opened for writing: {error}. Close its readers in this program, "
@@ -93,8 +91,7 @@ class StoreWriter:
             old = None if value is None else layout.load_header(value)
             if known and old is None:
                 raise UserError(
-                    f"{self.path}: exists and was not written by this program (it has no header). "
-                    "Give another name."
+                    f"{self.path}: exists and was not written by this program (it has no header). Give another name."
                 )
             if old is not None:
                 self._continue(txn, old)
@@ -110,7 +107,7 @@ class StoreWriter:
             self._commit(self._put_keys)
 
     def _continue(self, txn: Any, old: StoreHeader) -> None:
-        differences = old.differences(self.header)
+        differences = self.header.differences(old)
         if differences:
             raise UserError(
                 f"{self.path}: was made with other settings ({'; '.join(differences)}). "
@@ -219,17 +216,13 @@ class StoreWriter:
     def _empty_buffer(self) -> None:
         self._buffer, self._buffer_bytes = [], 0
 
-    def finish(
-        self, slide: str, coords: NDArray[np.int64] | None = None, info: SlideInfo | None = None
-    ) -> None:
+    def finish(self, slide: str, coords: NDArray[np.int64] | None = None, info: SlideInfo | None = None) -> None:
         """Lists a slide whose patches were all added: one transaction, after which readers see it."""
         count = self._in_work.get(slide, 0)
         written = self._written.get(slide, 0)
         if written != count or (coords is not None and len(coords) != count):
             wanted = count if coords is None else len(coords)
-            raise UserError(
-                f"{self.path}: slide {slide!r} has {written} of {wanted} patches; it cannot be finished."
-            )
+            raise UserError(f"{self.path}: slide {slide!r} has {written} of {wanted} patches; it cannot be finished.")
         layout.check_name(slide)
         record = SlideInfo(**{**(info or SlideInfo()).__dict__, "count": count})
         before = dict(self._counts), dict(self._in_work), self._listed
@@ -326,11 +319,7 @@ def _take_lock(path: Path) -> IO[bytes]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             handle.close()
-            raise UserError(
-                f"{path}: another process is writing to it. Wait for it, or give another name."
-            ) from error
+            raise UserError(f"{path}: another process is writing to it. Wait for it, or give another name.") from error
         except OSError as error:
-            log.warning(
-                "%s: the file system has no locks (%s); let only one process write here", path, error.strerror
-            )
+            log.warning("%s: the file system has no locks (%s); let only one process write here", path, error.strerror)
     return handle

@@ -1,0 +1,207 @@
+"""Reading stores: round trips, published files, shards, other processes, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+
+from datasets import jpeg
+from datasets.store import PatchStore, SlideInfo, StoreHeader, StoreWriter
+from utils.errors import UserError
+
+HEADER = StoreHeader(mpp=0.5, level=0, patch_size_px=32, image_size_px=16, jpeg_quality=80, parameters={"a": [1, "b"]})
+
+
+def patches(seed: int, count: int) -> list[bytes]:
+    rng = np.random.default_rng(seed)
+    return [jpeg.encode(rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def write(path: Path, slides: dict[str, list[bytes]], header: StoreHeader = HEADER) -> Path:
+    with StoreWriter(path, header) as writer:
+        for slide, images in slides.items():
+            coords = np.arange(2 * len(images)).reshape(-1, 2) * 1000
+            writer.put_slide(slide, images, coords, SlideInfo(mpp=0.25, level=1, source={"file": f"{slide}.svs"}))
+    return path
+
+
+def write_published(path: Path, slides: dict[str, list[bytes]], value: object = bytes) -> Path:
+    """The layout of the published program: pickled bytes, no header."""
+    counts = {slide: len(images) for slide, images in slides.items()}
+    keys = [f"{slide}-{i}".encode() for slide, n in counts.items() for i in range(n)]
+    with lmdb.open(str(path), subdir=False, map_size=1 << 24, lock=False) as env, env.begin(write=True) as txn:
+        for slide, images in slides.items():
+            for index, image in enumerate(images):
+                txn.put(f"{slide}-{index}".encode(), image if value is None else pickle.dumps(value(image)))  # type: ignore[operator]
+        metadata = {"__keys__": keys, "__len__": len(keys), "__slide__": list(counts), "__pn__": counts}
+        for name, content in metadata.items():
+            txn.put(name.encode(), pickle.dumps(content))
+    return path
+
+
+SLIDES = {"b": patches(1, 3), "a-1": patches(2, 5), "a": patches(3, 12), "é ü": patches(4, 1), "none": []}
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    with PatchStore(write(tmp_path / "x.lmdb", SLIDES)) as store:
+        assert store.slides == list(SLIDES)
+        assert store.counts == {slide: len(images) for slide, images in SLIDES.items()}
+        assert store.header == HEADER
+        assert store.image_size_px == 16
+        for slide, images in SLIDES.items():
+            assert store.read(slide, range(len(images))) == images
+            coords = store.coords(slide)
+            assert coords is not None
+            assert coords.dtype == np.int64
+            assert coords.tolist() == [[2000 * i, 2000 * i + 1000] for i in range(len(images))]
+        info = store.info("a")
+        assert info == SlideInfo(count=12, mpp=0.25, level=1, source={"file": "a.svs"})
+
+
+def test_order_of_reading_is_the_order_asked_for(tmp_path: Path) -> None:
+    store = PatchStore(write(tmp_path / "x.lmdb", SLIDES))
+    images = SLIDES["a"]
+    assert store.read("a", [11, 1, 1, 10]) == [images[11], images[1], images[1], images[10]]
+    assert store.read("a", np.array([2, 0])) == [images[2], images[0]]
+
+
+def test_published_metadata_is_what_plain_readers_expect(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.lmdb", SLIDES)
+    with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as env, env.begin() as txn:
+        counts = pickle.loads(txn.get(b"__pn__"))
+        keys = pickle.loads(txn.get(b"__keys__"))
+        assert counts == {slide: len(images) for slide, images in SLIDES.items()}
+        assert pickle.loads(txn.get(b"__slide__")) == list(SLIDES)
+        assert pickle.loads(txn.get(b"__len__")) == len(keys) == 21
+        assert keys == [f"{slide}-{i}".encode() for slide, n in counts.items() for i in range(n)]
+        assert all(pickle.loads(txn.get(key)).dtype == np.uint8 for key in keys)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.lmdb"]
+
+
+@pytest.mark.parametrize(
+    "value", [bytes, lambda data: np.frombuffer(data, np.uint8), None], ids=["bytes", "array", "raw"]
+)
+def test_published_files_are_read(value: object, tmp_path: Path) -> None:
+    path = write_published(tmp_path / "old.lmdb", {"a": SLIDES["a"]}, value)
+    store = PatchStore(path)
+    assert store.read("a", range(12)) == SLIDES["a"]
+    assert (store.header, store.coords("a"), store.info("a"), store.image_size_px) == (None, None, None, 16)
+
+
+def test_shards_are_one_store(tmp_path: Path) -> None:
+    whole = PatchStore(write(tmp_path / "x.lmdb", SLIDES))
+    names = list(SLIDES)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number in (0, 1):
+        write(folder / f"{number}-of-2.lmdb", {name: SLIDES[name] for name in names[number::2]})
+    shards = PatchStore(folder)
+    assert sorted(shards.slides) == sorted(names)
+    assert (shards.counts, shards.header, shards.fingerprint) == (whole.counts, whole.header, whole.fingerprint)
+    assert all(shards.read(name, range(len(SLIDES[name]))) == SLIDES[name] for name in names)
+
+
+def test_fingerprint_changes_with_slides_and_counts(tmp_path: Path) -> None:
+    prints = [
+        PatchStore(write(tmp_path / f"{number}.lmdb", slides)).fingerprint
+        for number, slides in enumerate([{"a": patches(0, 2)}, {"a": patches(0, 3)}, {"b": patches(0, 2)}, {}])
+    ]
+    assert len(set(prints)) == 4
+    assert PatchStore(write(tmp_path / "again.lmdb", {"a": patches(9, 2)})).fingerprint == prints[0]
+
+
+def read_one(store: PatchStore) -> list[bytes]:
+    return store.read("a", [7])
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_a_store_that_was_in_use(method: str, tmp_path: Path) -> None:
+    store = PatchStore(write(tmp_path / "x.lmdb", {"a": SLIDES["a"]}))
+    assert read_one(store) == [SLIDES["a"][7]]
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        assert pool.apply(read_one, (store,)) == [SLIDES["a"][7]]
+    assert read_one(store) == [SLIDES["a"][7]]
+
+
+def inherited(queue: multiprocessing.Queue[list[bytes]]) -> None:
+    queue.put(read_one(OPENED[0]))
+
+
+OPENED: list[PatchStore] = []
+
+
+def test_a_forked_process_does_not_use_the_parents_handle(tmp_path: Path) -> None:
+    store = PatchStore(write(tmp_path / "x.lmdb", {"a": SLIDES["a"]}))
+    read_one(store)
+    OPENED[:] = [store]
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=inherited, args=(queue,))
+    process.start()
+    assert queue.get(timeout=20) == [SLIDES["a"][7]]
+    process.join()
+    assert read_one(store) == [SLIDES["a"][7]]
+
+
+def test_two_readers_of_one_file_in_one_process(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.lmdb", {"a": SLIDES["a"]})
+    one, two = PatchStore(path), PatchStore(path)
+    assert read_one(one) == read_one(two)
+    one.close()
+    assert read_one(two) == [SLIDES["a"][7]]
+
+
+def test_missing_patch_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.lmdb", {"a": SLIDES["a"]})
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        txn.delete(b"a-4")
+    with pytest.raises(UserError, match=r"x\.lmdb: patch 4 of slide 'a' is missing"):
+        PatchStore(path).read("a", [0, 4])
+    with pytest.raises(UserError, match="patch 12 of slide 'a'"):
+        PatchStore(path).read("a", [12])
+
+
+def test_unknown_slide_gets_near_matches(tmp_path: Path) -> None:
+    store = PatchStore(write(tmp_path / "x.lmdb", {"TCGA-01": patches(0, 1)}))
+    with pytest.raises(UserError, match="Did you mean 'TCGA-01'"):
+        store.read("TCGA-1", [0])
+
+
+def test_bad_files_get_a_sentence(tmp_path: Path) -> None:
+    half = write_published(tmp_path / "half.lmdb", {"a": SLIDES["a"]})
+    with lmdb.open(str(half), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        txn.delete(b"__pn__")
+    (tmp_path / "text.lmdb").write_text("x" * 10_000)
+    (tmp_path / "empty.lmdb").touch()
+    (tmp_path / "folder").mkdir()
+    cases = {
+        "half.lmdb": "no __pn__ entry, so the file is half-written",
+        "text.lmdb": "not an LMDB file",
+        "empty.lmdb": "it is empty",
+        "folder": "holds no .lmdb file",
+        "hlaf.lmdb": r"no such store .* Did you mean 'half.lmdb'",
+    }
+    for name, message in cases.items():
+        with pytest.raises(UserError, match=message):
+            PatchStore(tmp_path / name)
+
+
+def test_shards_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    write(tmp_path / "0.lmdb", {"a": patches(0, 1)})
+    write(tmp_path / "1.lmdb", {"a": patches(0, 1)})
+    with pytest.raises(UserError, match=r"1\.lmdb: slide 'a' is also in .*0\.lmdb"):
+        PatchStore(tmp_path)
+    (tmp_path / "1.lmdb").unlink()
+    write(tmp_path / "1.lmdb", {"b": patches(0, 1)}, StoreHeader(image_size_px=32))
+    with pytest.raises(UserError, match="image_size_px: 32, not 16"):
+        PatchStore(tmp_path)
+
+
+def test_newer_format_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="version 2 is newer than 1"):
+        PatchStore(write(tmp_path / "x.lmdb", {}, StoreHeader(version=2)))
