@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,12 @@ FEATURE_NAMES = ("features", "feats", "feature")
 COORD_NAMES = ("coords", "coordinates")
 PLACES = (("pt_files", ".pt"), ("h5_files", ".h5"), (".", ".pt"), (".", ".h5"))
 """Folders that are looked into, in this order, and the extension expected there."""
+
+DAMAGED = (
+    RuntimeError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What torch.load raises on files that are damaged, hostile or something else."""
 
 
 class Features(NamedTuple):
@@ -50,9 +57,7 @@ def read_features(path: str | Path) -> Features:
     if values.ndim == 3 and values.shape[0] == 1:
         values = values[0]
     if values.ndim != 2 or not values.is_floating_point():
-        raise UserError(
-            f"{path}: holds {tuple(values.shape)} {values.dtype}, not floating-point features (N, D)."
-        )
+        raise UserError(f"{path}: holds {tuple(values.shape)} {values.dtype}, not floating-point features (N, D).")
     if coords is not None:
         coords = coords.reshape(-1, coords.shape[-1])[:, :2]
         if len(coords) != len(values):
@@ -65,9 +70,7 @@ def _read_h5(path: Path) -> tuple[torch.Tensor, NDArray[np.int64] | None]:
         with h5py.File(path, "r") as file:
             name = next((n for n in FEATURE_NAMES if n in file), None)
             if name is None:
-                raise UserError(
-                    f"{path}: has no dataset 'features'; it holds {', '.join(file) or 'nothing'}."
-                )
+                raise UserError(f"{path}: has no dataset 'features'; it holds {', '.join(file) or 'nothing'}.")
             corners = next((file[n][:] for n in COORD_NAMES if n in file), None)
             values = torch.from_numpy(file[name][:])
     except (OSError, TypeError, AttributeError) as error:
@@ -94,7 +97,7 @@ def _load_pt(path: Path) -> Any:
         except RuntimeError:
             # Files of torch before 1.6 are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{path}: is not a tensor file that can be read safely: {reason}") from error
 
@@ -136,9 +139,7 @@ class FeatureFolder:
             return self._files[slide]
         except KeyError:
             hint = did_you_mean(slide, self.slides)
-            raise UserError(
-                f"{self.path}: no features of slide {slide!r} among {len(self.slides)}.{hint}"
-            ) from None
+            raise UserError(f"{self.path}: no features of slide {slide!r} among {len(self.slides)}.{hint}") from None
 
     def read(self, slide: str) -> torch.Tensor:
         """(N, D) features; for ``.pt`` files mapped into memory."""

@@ -52,18 +52,22 @@ def _chunks(store: PatchStore) -> Iterator[tuple[str, int, int]]:
 
 def _check_chunk(store: PatchStore, slide: str, start: int, stop: int) -> list[str]:
     expected = store.header.image_size_px if store.header else None
-    faults = []
-    for index in range(start, stop):
-        try:
-            image = jpeg.decode(store.read(slide, [index])[0])
-        except UserError as error:
-            message = str(error)
-            faults.append(message if slide in message else f"patch {index} of slide {slide!r}: {message}")
-            continue
-        if expected and image.shape[:2] != (expected, expected):
-            size = f"{image.shape[1]} x {image.shape[0]}"
-            faults.append(f"patch {index} of slide {slide!r} has {size} px, the header says {expected}")
-    return faults
+    found = (_check_patch(store, slide, index, expected) for index in range(start, stop))
+    return [fault for fault in found if fault is not None]
+
+
+def _check_patch(store: PatchStore, slide: str, index: int, expected_px: int | None) -> str | None:
+    try:
+        data = store.read(slide, [index])[0]
+    except UserError as error:
+        return str(error)
+    try:
+        height, width = jpeg.decode(data).shape[:2]
+    except jpeg.JpegError as error:
+        return f"patch {index} of slide {slide!r}: {error}"
+    if expected_px and (height, width) != (expected_px, expected_px):
+        return f"patch {index} of slide {slide!r} has {width} x {height} px, the header says {expected_px}"
+    return None
 
 
 def _metadata_faults(store: PatchStore) -> Iterator[str]:

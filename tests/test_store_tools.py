@@ -1,0 +1,172 @@
+"""python -m datasets.store: info, verify, merge, subset, export."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import lmdb
+import numpy as np
+import pytest
+from test_store import HEADER, patches, write, write_published
+
+from datasets import jpeg
+from datasets.store import PatchStore, SlideInfo, StoreHeader, StoreWriter
+from datasets.store.__main__ import main
+from datasets.store.verify import verify
+
+SLIDES = {"a": patches(1, 4), "b": patches(2, 2), "c": patches(3, 1)}
+
+
+def same(one: PatchStore, other: PatchStore) -> bool:
+    """Whether two stores hold the same slides, images, coordinates and records."""
+    return sorted(one.slides) == sorted(other.slides) and all(
+        one.read(s, range(one.counts[s])) == other.read(s, range(other.counts[s]))
+        and np.array_equal(one.coords(s), other.coords(s))  # type: ignore[arg-type]
+        and one.info(s) == other.info(s)
+        for s in one.slides
+    )
+
+
+def test_merge_of_subsets_is_the_whole(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole.lmdb", SLIDES)
+    (tmp_path / "names.txt").write_text("c\n\na\n")
+    assert main(["subset", str(whole), str(tmp_path / "one.lmdb"), "--slides", str(tmp_path / "names.txt")]) == 0
+    assert main(["subset", str(whole), str(tmp_path / "two.lmdb"), "--slides", "b"]) == 0
+    assert PatchStore(tmp_path / "one.lmdb").slides == ["c", "a"]
+    assert main(["merge", *(str(tmp_path / f"{n}.lmdb") for n in ("back", "one", "two"))]) == 0
+    assert same(PatchStore(whole), PatchStore(tmp_path / "back.lmdb"))
+    assert PatchStore(tmp_path / "back.lmdb").header == HEADER
+
+
+def test_published_files_become_stores_of_ours(tmp_path: Path) -> None:
+    old = write_published(tmp_path / "old.lmdb", SLIDES)
+    assert main(["merge", str(tmp_path / "new.lmdb"), str(old)]) == 0
+    new = PatchStore(tmp_path / "new.lmdb")
+    assert new.header == StoreHeader(image_size_px=16)
+    assert all(new.read(s, range(len(SLIDES[s]))) == SLIDES[s] for s in SLIDES)
+
+
+def test_what_cannot_be_merged_is_listed_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "x.lmdb", SLIDES)
+    write(tmp_path / "y.lmdb", {"a": patches(0, 1), "b": patches(0, 1)}, StoreHeader(image_size_px=32))
+    assert main(["merge", *(str(tmp_path / f"{n}.lmdb") for n in ("z", "x", "y"))]) == 2
+    told = capsys.readouterr().err
+    assert all(text in told for text in ("image_size_px: 32, not 16", "slide 'a' is in", "slide 'b' is in"))
+    assert not (tmp_path / "z.lmdb").exists()
+    assert main(["subset", str(tmp_path / "x.lmdb"), str(tmp_path / "z.lmdb"), "--slides", "a,B,d"]) == 2
+    assert "2 faults" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "x.lmdb"), str(tmp_path / "x.lmdb")]) == 2
+
+
+def damage(path: Path) -> None:
+    """A missing patch, a cut JPEG, one of another size, and a count that is off."""
+    values = {b"a-1": None, b"a-2": patches(0, 1)[0][:-30], b"b-0": jpeg.encode(np.zeros((8, 8, 3), np.uint8))}
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        for key, value in values.items():
+            txn.put(key, value) if value is not None else txn.delete(key)
+        txn.put(b"__coords__/c", b"\0" * 8)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_verify_names_every_bad_patch(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.store.verify.CHUNK_PATCHES", 2)
+    path = write(tmp_path / "x.lmdb", SLIDES)
+    assert verify(path, workers).faults == []
+    assert verify(path, workers).patches == 7
+    damage(path)
+    faults = "\n".join(verify(path, workers).faults)
+    assert "patch 1 of slide 'a' is missing" in faults
+    assert "patch 2 of slide 'a': truncated" in faults
+    assert "patch 0 of slide 'b' has 8 x 8 px, the header says 16" in faults
+    assert "slide 'c' has 1 patches and 0.5 coordinates" in faults
+    assert faults.count("\n") == 3
+
+
+def test_verify_as_a_command_ends_with_status_1(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.lmdb", SLIDES)
+    damage(path)
+    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "datasets.store", "verify", str(path), "--workers", "1"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stdout.count("slide 'a'") == 2
+    assert "7 patches, 4 faults" in done.stdout
+
+
+def test_verify_reads_published_files(tmp_path: Path) -> None:
+    assert verify(write_published(tmp_path / "old.lmdb", SLIDES)).faults == []
+
+
+def test_info_for_people_and_programs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "x.lmdb", SLIDES)
+    assert main(["info", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["slides"], facts["patches"], facts["image_size_px"]) == (3, 7, 16)
+    assert facts["header"]["mpp"] == 0.5
+    assert main(["info", str(path)]) == 0
+    told = capsys.readouterr().out
+    assert "3 slides, 7 patches" in told
+    assert "jpeg_quality: 80" in told
+    assert main(["info", str(write(tmp_path / "none.lmdb", {}))]) == 0
+    assert main(["info", str(tmp_path / "nothing.lmdb")]) == 2
+
+
+INFO = SlideInfo(
+    mpp=1.0,
+    level=1,
+    patch_size_px=32,
+    source={"downsample": [2.0, 2.0], "level_dimensions_px": [500, 400], "level0_mpp": 0.25},
+)
+
+
+def test_export_to_clam(tmp_path: Path) -> None:
+    coords = np.array([[0, 0], [64, 0], [128, 64]])
+    with StoreWriter(tmp_path / "x.lmdb", StoreHeader(image_size_px=16)) as writer:
+        writer.put_slide("a", SLIDES["a"][:3], coords, INFO)
+    assert main(["export", str(tmp_path / "x.lmdb"), str(tmp_path / "out")]) == 0
+    images = sorted((tmp_path / "out" / "imgs" / "a").iterdir())
+    assert [p.name for p in images] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert [p.read_bytes() for p in images] == SLIDES["a"][:3]
+    with h5py.File(tmp_path / "out" / "patches" / "a.h5") as file:
+        assert file["coords"].dtype == np.int64
+        assert np.array_equal(file["coords"], coords)
+        found = dict(file["coords"].attrs)
+    assert (found["patch_size"], found["patch_level"], found["name"]) == (32, 1, "a")
+    assert found["downsample"].tolist() == [2.0, 2.0]
+
+
+def test_export_to_trident(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "x.lmdb", StoreHeader(image_size_px=16)) as writer:
+        writer.put_slide("a", SLIDES["a"], np.zeros((4, 2), np.int64), INFO)
+    assert main(["export", str(tmp_path / "x.lmdb"), str(tmp_path / "out"), "--layout", "trident"]) == 0
+    with h5py.File(tmp_path / "out" / "patches" / "a_patches.h5") as file:
+        found = dict(file["coords"].attrs)
+    expected = {
+        "patch_size": 16,
+        "patch_size_level0": 64,
+        "level0_magnification": 40,
+        "target_magnification": 10,
+        "overlap": 0,
+        "level0_width": 1000,
+        "level0_height": 800,
+        "name": "a",
+    }
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", ["../evil", "..", "/tmp/evil", "a\\b"])
+def test_names_in_a_store_do_not_choose_where_files_go(name: str, tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "x.lmdb", StoreHeader()) as writer:
+        writer.put_slide(name, SLIDES["c"])
+    assert main(["export", str(tmp_path / "x.lmdb"), str(tmp_path / "out")]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_subset_needs_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "x.lmdb", SLIDES)
+    assert main(["subset", str(path), str(tmp_path / "y.lmdb")]) == 2
+    assert "needs --slides" in capsys.readouterr().err
