@@ -8,13 +8,22 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench lock
 
+DESCRIBE := import sys; print("env" if sys.prefix != sys.base_prefix else "base", "%d.%d" % sys.version_info[:2])
+
 ifdef PYTHON
-GIVEN := $(shell $(PYTHON) -c 'import sys; print("env" if sys.prefix != sys.base_prefix else "base")' 2>/dev/null)
+GIVEN := $(shell $(PYTHON) -c '$(DESCRIBE)' 2>/dev/null)
 ifeq ($(GIVEN),)
 $(error PYTHON=$(PYTHON) does not run. Give the path of a Python from 3.10 to 3.12)
 endif
-ifeq ($(GIVEN),env)
+ifeq ($(word 1,$(GIVEN)),env)
 ACTIVE := $(PYTHON)
+else
+HELD := $(shell .venv/bin/python -c '$(DESCRIBE)' 2>/dev/null)
+ifneq ($(word 2,$(HELD)),)
+ifneq ($(word 2,$(HELD)),$(word 2,$(GIVEN)))
+$(error .venv holds Python $(word 2,$(HELD)), but PYTHON=$(PYTHON) is $(word 2,$(GIVEN)). Remove .venv to have it made anew)
+endif
+endif
 endif
 else ifdef VIRTUAL_ENV
 ACTIVE := $(VIRTUAL_ENV)/bin/python

@@ -4,7 +4,6 @@ set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fits='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
-version='import sys; print("%d.%d" % sys.version_info[:2])'
 
 base=""
 for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10}; do
@@ -19,15 +18,6 @@ if [ -z "$base" ]; then
     exit 2
 fi
 
-if [ -x .venv/bin/python ] && [ -n "${PYTHON:-}" ]; then
-    have=$(.venv/bin/python -c "$version")
-    want=$("$base" -c "$version")
-    if [ "$have" != "$want" ]; then
-        echo ".venv holds Python $have, but PYTHON=$PYTHON is $want. Remove .venv to have it made anew." >&2
-        exit 2
-    fi
-fi
-
 if [ ! -x .venv/bin/python ]; then
     echo "making .venv with $("$base" --version)"
     if ! "$base" -m venv .venv; then
@@ -38,6 +28,7 @@ if [ ! -x .venv/bin/python ]; then
     fi
 fi
 
+echo "installing the packages of requirements.lock (some 3 GB, torch with its CUDA libraries)"
 # PyTurboJPEG 1.x is published as source only; it is pure Python, so nothing is compiled.
 .venv/bin/python -m pip install --disable-pip-version-check --only-binary :all: --no-binary pyturbojpeg \
     -r requirements.lock

@@ -28,10 +28,11 @@ patch high 64
 step "patches and store, low magnification: 128 px of level 0, stored as 64 px"
 patch low 128
 
-processes=$("$PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
+# Two processes on the CPU, one per GPU elsewhere; more than two would leave this cohort too few steps per epoch.
+processes=$("$PYTHON" -c 'import torch; print(min(torch.cuda.device_count() or 2, 2))')
 step "training end to end in $processes processes"
 bash train_dist.sh "$processes" -c config/demo.yaml --model=e2e_r18_abmilx --no_enc_pt \
     --dataset_root="$out/high/high_64.lmdb" --dataset_sub_root="$out/low/low_64.lmdb" \
     --csv_path="$out/labels.csv" --output_path="$out/results" --project=demo --title=r18_abmilx
 
-step "done"
+step "done: $out/results/demo/r18_abmilx/results.json, and the slides on $out/high/cohort.html"
