@@ -32,9 +32,7 @@ ALPHA_INIT = 1.0
 """Start of alpha: the value of the paper's fixed-alpha row (docs/decisions/abmilx-alpha-init.md)."""
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module] | None] = {"gelu": nn.GELU, "relu": nn.ReLU, "none": None}
-NORMS = ("ln", "bn", "none")
 KERNELS = ("torch", "flash", "memo_effi", "math", "torch_math")
-SCORERS = ("mlp", "mlp_gated")
 
 _FUSED_ALIGNMENT = 8  # fused CUDA kernels read head widths in multiples of eight numbers
 _FLASH_WIDEST = 256  # the widest head of the flash kernel
@@ -61,15 +59,12 @@ def propagate(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: 
     if kernel == "torch" and qk.is_cuda and qk.dtype in _HALF and (widest := _own_kernel_width()):
         width = max(16, 1 << (qk.shape[-1] - 1).bit_length())
         if width <= widest:
-            present = None if mask is None else mask.contiguous()
-            return torch.ops.abmilx.attention_plus(_widen(qk, width), v.float().contiguous(), present, scale)[
-                0
-            ]
+            mask = None if mask is None else mask.contiguous()
+            return torch.ops.abmilx.attention_plus(_widen(qk, width), v.float().contiguous(), mask, scale)[0]
     q, k = (t.transpose(1, 2) for t in qk.unbind(3))
-    column = v.unsqueeze(-1).to(q.dtype)
     keys = None if mask is None else mask[:, None, None, :]
     attend = _plain if kernel in ("math", "torch_math") else _fused
-    out = attend((q, k, column), keys, scale, kernel)
+    out = attend((q, k, v.unsqueeze(-1).to(q.dtype)), keys, scale, kernel)
     return out[..., 0].to(torch.promote_types(out.dtype, torch.float32))
 
 
@@ -122,8 +117,8 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-class ScoreMLP(nn.Module):
-    """Raw scores, Linear -> GELU -> Linear: (..., width) -> (..., outputs)."""
+class MLP(nn.Module):
+    """Linear -> GELU -> Linear, (..., width) -> (..., outputs): raw scores, and the feed-forward block."""
 
     def __init__(self, width: int, hidden: int, outputs: int, bias: bool) -> None:
         super().__init__()
@@ -179,20 +174,8 @@ class AttentionPlus(nn.Module):
         return self.qk(self.norm_x(heads)).unflatten(-1, (2, -1))
 
 
-class FeedForward(nn.Module):
-    """Linear -> GELU -> Linear with four times the width between: (B, E) -> (B, E)."""
-
-    def __init__(self, width: int, bias: bool) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width, bias=bias)
-        self.fc2 = nn.Linear(4 * width, width, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class DAttentionX(nn.Module):
-    """ABMILX, a MIL head that trains well end to end. The module's docstring has the equations.
+    """ABMILX. The module's docstring has the equations and the letters.
 
     Args:
         input_dim: C, width of an instance.
@@ -211,10 +194,9 @@ class DAttentionX(nn.Module):
         ffn: feed-forward block on the bag feature, behind a norm of its own.
         sdpa_type: kernel of A+: "torch" picks the best there is, "flash" and "memo_effi" name one ("flash"
             falls back where it cannot run), "math" and "torch_math" build the N x N matrix.
-        pad_v: ignored; V is padded wherever a kernel needs it and the values are the same.
+        pad_v, ignored: without effect; V is padded wherever a kernel needs it, and the values are the same.
         attn_plus_embed_new: one score MLP on the whole feature gives m scores; Q and K see all of it too.
         alpha_init: start of alpha, or "normal": a draw from N(0, 1) as in the published code.
-        ignored: any other keyword, for callers that pass the options of all heads.
 
     Weights of the published code load with ``strict=True`` and compute what they computed there: see
     ``_load_from_state_dict``. Raises ValueError for arguments that do not fit.
@@ -245,28 +227,27 @@ class DAttentionX(nn.Module):
         super().__init__()
         mil_norm = None if mil_norm == "none" else mil_norm
         _one_of("act", act, ACTIVATIONS)
-        _one_of("mil_norm", mil_norm or "none", NORMS)
-        _one_of("attn_type", attn_type, SCORERS)
+        _one_of("mil_norm", mil_norm or "none", ("ln", "bn", "none"))
+        _one_of("attn_type", attn_type, ("mlp", "mlp_gated"))
         _one_of("sdpa_type", sdpa_type, KERNELS)
         if n_heads < 1 or inner_dim % n_heads:
-            raise ValueError(
-                f"inner_dim {inner_dim} is not a multiple of n_heads {n_heads}; change one of them"
-            )
+            raise ValueError(f"inner_dim {inner_dim} is not a multiple of n_heads {n_heads}")
         self.input_dim, self.n_heads, self.mil_norm = input_dim, n_heads, mil_norm
         self.full_width = attn_plus_embed_new
         self.alpha_init = _alpha(alpha_init)
-        self.feature = _input_block(input_dim, inner_dim, (mil_norm, mil_bias, act, dropout))
+        norm, activation = _norm(mil_norm, input_dim, mil_bias), ACTIVATIONS[act]
+        layers = [norm, nn.Linear(input_dim, inner_dim, bias=mil_bias), activation and activation()]
+        self.feature = nn.Sequential(*(layer for layer in layers if layer is not None), nn.Dropout(dropout))
         width = inner_dim if attn_plus_embed_new else inner_dim // n_heads
-        scorer = ScoreMLP if attn_type == "mlp" else GatedScoreMLP
+        scorer = MLP if attn_type == "mlp" else GatedScoreMLP
         outputs = n_heads if attn_plus_embed_new else 1
         self.attention = scorer(width, _hidden_width(width, D, n_heads), outputs, attn_bias)
-        self.attn_plus_fn: AttentionPlus | None = None
-        if attn_plus:
-            self.attn_plus_fn = AttentionPlus(width, n_heads, sdpa_type, attn_plus_embed_new)
+        plus = AttentionPlus(width, n_heads, sdpa_type, attn_plus_embed_new) if attn_plus else None
+        self.attn_plus_fn = plus
         self.proj = nn.Linear(inner_dim, inner_dim, bias=mil_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.norm_ffn: nn.Module = nn.LayerNorm(inner_dim, bias=mil_bias) if ffn else nn.Identity()
-        self.mlp = FeedForward(inner_dim, mil_bias) if ffn else None
+        self.mlp = MLP(inner_dim, 4 * inner_dim, inner_dim, mil_bias) if ffn else None
         self.norm1: nn.Module = _norm(mil_norm, inner_dim, mil_bias) or nn.Identity()
         self.classifier = nn.Linear(inner_dim, n_classes, bias=mil_bias)
         self.reset_parameters()
@@ -299,11 +280,10 @@ class DAttentionX(nn.Module):
             x: (B, N, C), or one bag (N, C).
             mask: (B, N) bool (or (N,)), True where there is an instance; None: everywhere. A masked bag
                 computes what the bag cut to its instances computes. A bag without any instance gives NaN.
-            pos: positions, which this model does not use.
+            pos, ignored: not used by this model.
             return_attn: also return the attention (B, m, N), which sums to one over N.
             return_act: also return the projected instances (B, N, E).
             return_img_feat: put [logits, bag features (B, E)] in the place of the logits.
-            ignored: any other keyword.
 
         Returns:
             Logits (B, K); with ``return_attn`` or ``return_act`` a tuple of the logits, the attention, the
@@ -332,10 +312,8 @@ class DAttentionX(nn.Module):
             return x, None
         mask = mask.unsqueeze(0) if mask.ndim == 1 else mask
         if mask.shape != x.shape[:2] or mask.dtype != torch.bool:
-            raise ValueError(
-                f"the mask has shape {tuple(mask.shape)} and type {mask.dtype}, but the bags need "
-                f"{tuple(x.shape[:2])} and torch.bool, True where there is an instance"
-            )
+            needed, given = f"{tuple(x.shape[:2])} and torch.bool", f"{tuple(mask.shape)} and {mask.dtype}"
+            raise ValueError(f"the mask is {given}, but must be {needed}, True where there is an instance")
         return x.masked_fill(~mask.unsqueeze(-1), 0.0), mask
 
     def _project(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -375,26 +353,14 @@ class DAttentionX(nn.Module):
         where the checkpoint has an FFN, this module gets the norm and the biases that the checkpoint has.
         """
         if self.mlp is not None and f"{prefix}mlp.fc1.weight" in state_dict:
-            self._shape_ffn(
-                norm=f"{prefix}norm_ffn.weight" in state_dict,
-                norm_bias=f"{prefix}norm_ffn.bias" in state_dict,
-                bias=f"{prefix}mlp.fc1.bias" in state_dict,
-            )
+            like, width = self.classifier.weight, self.classifier.in_features
+            bias = f"{prefix}mlp.fc1.bias" in state_dict
+            if bias != (self.mlp.fc1.bias is not None):
+                self.mlp = MLP(width, 4 * width, width, bias).to(like)
+            norm = [name for name in ("weight", "bias") if f"{prefix}norm_ffn.{name}" in state_dict]
+            if norm != [name for name, _ in self.norm_ffn.named_parameters()]:
+                self.norm_ffn = nn.LayerNorm(width, bias="bias" in norm).to(like) if norm else nn.Identity()
         super()._load_from_state_dict(state_dict, prefix, *rest)
-
-    def _shape_ffn(self, bias: bool, norm: bool, norm_bias: bool) -> None:
-        """Gives the FFN biases or none, and a norm (with or without bias) or none."""
-        like = self.classifier.weight
-        width = like.shape[1]
-        if self.mlp is not None and (self.mlp.fc1.bias is not None) != bias:
-            self.mlp = FeedForward(width, bias).to(like)
-        if not norm:
-            self.norm_ffn = nn.Identity()
-        elif (getattr(self.norm_ffn, "bias", None) is not None) != norm_bias or not self._has_ffn_norm():
-            self.norm_ffn = nn.LayerNorm(width, bias=norm_bias).to(like)
-
-    def _has_ffn_norm(self) -> bool:
-        return isinstance(self.norm_ffn, nn.LayerNorm)
 
 
 def _one_of(name: str, value: str, known: Any) -> None:
@@ -432,15 +398,3 @@ def _batch_norm(norm: nn.Module, rows: Tensor) -> Tensor:
     if isinstance(norm, nn.BatchNorm1d) and norm.training and rows.shape[0] == 1:
         return F.batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
     return norm(rows)
-
-
-def _input_block(
-    input_dim: int, inner_dim: int, options: tuple[str | None, bool, str, float]
-) -> nn.Sequential:
-    """[norm ->] Linear -> activation -> dropout, with the published indices."""
-    mil_norm, bias, act, dropout = options
-    norm, activation = _norm(mil_norm, input_dim, bias), ACTIVATIONS[act]
-    layers: list[nn.Module] = [norm] if norm is not None else []
-    layers.append(nn.Linear(input_dim, inner_dim, bias=bias))
-    layers += [activation()] if activation is not None else []
-    return nn.Sequential(*layers, nn.Dropout(dropout))

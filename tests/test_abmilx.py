@@ -208,6 +208,13 @@ def test_a_new_ffn_has_a_norm_and_follows_the_bias_switch(norm: str | None, bias
     assert torch.equal(model(bag), copy_(bag))
 
 
+def test_loading_weights_of_the_same_form_keeps_the_parameters_that_an_optimizer_holds() -> None:
+    model = build({"ffn": True, "mil_norm": "ln"})
+    before = [id(p) for p in model.parameters()]
+    model.load_state_dict(build({"ffn": True, "mil_norm": "ln"}).state_dict(), strict=True)
+    assert [id(p) for p in model.parameters()] == before
+
+
 def test_published_ffn_weights_load_inside_another_module() -> None:
     o = VARIANTS["ffn-ln"]
     whole = torch.nn.ModuleDict({"mil": build(o)})
