@@ -62,9 +62,7 @@ def _summary(rows: Sequence[Row], flags: Sequence[Sequence[Flag]]) -> str:
 def _card(save_dir: Path, row: Row, flags: Sequence[Flag], with_picture: bool) -> str:
     worst = max((f.weight for f in flags), default=0)
     kind = "bad" if worst >= 90 else "odd" if worst >= 20 else ""
-    badges = "".join(
-        f"<span class='flag {'bad' if f.weight >= 90 else ''}'>{escape(f.text)}</span>" for f in flags
-    )
+    badges = "".join(f"<span class='flag {'bad' if f.weight >= 90 else ''}'>{escape(f.text)}</span>" for f in flags)
     reason = row.facts.get("reason")
     why = f"<p class='why'>{escape(str(reason))}</p>" if reason else ""
     facts = "".join(f"<dt>{name}</dt><dd>{escape(value)}</dd>" for name, value in _facts(row))
@@ -79,14 +77,18 @@ def _facts(row: Row) -> list[tuple[str, str]]:
     get = row.facts.get
     shown = [("patches", str(get("patches") or 0))]
     if get("contours") not in (None, ""):
-        shown.append(("tissue", f"{float(get('tissue_fraction') or 0):.1%} in {get('contours')} pieces"))
+        shown.append(("tissue", f"{float(get('tissue_fraction') or 0):.1%} in {_plural(get('contours'), 'piece')}"))
     if get("width"):
-        shown.append(("size", f"{get('width')} x {get('height')} px, {get('levels')} levels"))
+        shown.append(("size", f"{get('width')} x {get('height')} px, {_plural(get('levels'), 'level')}"))
         mpp = get("level0_mpp")
         shown.append(("um/px", f"{float(mpp):.4g} ({get('mpp_source')})" if mpp else "unknown"))
     if get("resolved_mpp"):
         shown.append(("patch um/px", f"{float(get('resolved_mpp') or 0):.4g}"))
     return shown
+
+
+def _plural(number: object, noun: str) -> str:
+    return f"{number} {noun}" if str(number) == "1" else f"{number} {noun}s"
 
 
 def _picture(save_dir: Path, row: Row, embed: bool) -> str:

@@ -39,48 +39,30 @@ log = logging.getLogger("create_patches_fp")
 
 def build_parser() -> argparse.ArgumentParser:
     """The options; every parameter of a preset is an option too."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     files = parser.add_argument_group("files")
     files.add_argument("--source", type=Path, required=True, help="folder of slides")
-    files.add_argument(
-        "--save_dir", type=Path, required=True, help="output: patches/ masks/ stitches/ and the list"
-    )
-    files.add_argument(
-        "--preset", help="shipped name (bwh_biopsy, bwh_resection, tcga, tcga_nsclc) or a csv of yours"
-    )
+    files.add_argument("--save_dir", type=Path, required=True, help="output: patches/ masks/ stitches/ and the list")
+    files.add_argument("--preset", help="shipped name (bwh_biopsy, bwh_resection, tcga, tcga_nsclc) or a csv of yours")
     files.add_argument("--process_list", help="csv in save_dir that restricts and parameterises the slides")
-    files.add_argument(
-        "--slide_list", type=Path, help="text file of slide names, one a line: only these are done"
-    )
+    files.add_argument("--slide_list", type=Path, help="text file of slide names, one a line: only these are done")
     files.add_argument(
         "--mpp_csv", type=Path, help="csv slide_id,mpp: um/px of level 0 for slides; overrides the file's"
     )
-    files.add_argument(
-        "--masks", type=Path, metavar="DIR", help="own tissue: <slide>.png (non-zero) or .geojson"
-    )
+    files.add_argument("--masks", type=Path, metavar="DIR", help="own tissue: <slide>.png (non-zero) or .geojson")
     steps = parser.add_argument_group("steps")
     steps.add_argument("--seg", action="store_true", help="find tissue")
     steps.add_argument("--patch", action="store_true", help="write coordinates")
     steps.add_argument("--stitch", action="store_true", help="write pictures of the kept patches")
     steps.add_argument("--geojson", action="store_true", help="write contours for QuPath")
-    steps.add_argument(
-        "--no_auto_skip", action="store_true", help="redo slides that are done with the same parameters"
-    )
+    steps.add_argument("--no_auto_skip", action="store_true", help="redo slides that are done with the same parameters")
     patches = parser.add_argument_group("patches")
-    patches.add_argument(
-        "--patch_size", type=int, default=256, help="px of the level, or as stored with --mpp"
-    )
-    patches.add_argument(
-        "--step_size", type=int, default=256, help="px, as patch_size; less than it: overlap"
-    )
+    patches.add_argument("--patch_size", type=int, default=256, help="px of the level, or as stored with --mpp")
+    patches.add_argument("--step_size", type=int, default=256, help="px, as patch_size; less than it: overlap")
     scale = patches.add_mutually_exclusive_group()
     scale.add_argument("--patch_level", type=int, default=0, help="pyramid level to read")
     scale.add_argument("--mpp", type=float, help="um/px wanted, instead of a level")
-    scale.add_argument(
-        "--magnification", type=float, help="magnification wanted, instead of a level; 20 is 0.5 um/px"
-    )
+    scale.add_argument("--magnification", type=float, help="magnification wanted, instead of a level; 20 is 0.5 um/px")
     patches.add_argument(
         "--published_step",
         action="store_true",
@@ -88,12 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run = parser.add_argument_group("run")
     run.add_argument("--workers", type=int, default=usable_cpus(), help="slides at once")
-    run.add_argument(
-        "--on_error", choices=("continue", "fail"), default="continue", help="fail: stop at the first"
-    )
-    run.add_argument(
-        "--shard", metavar="I/N", help="do slides I, I+N, ... of the sorted list; I from 0 to N-1"
-    )
+    run.add_argument("--on_error", choices=("continue", "fail"), default="continue", help="fail: stop at the first")
+    run.add_argument("--shard", metavar="I/N", help="do slides I, I+N, ... of the sorted list; I from 0 to N-1")
     _add_params(parser.add_argument_group("parameters (defaults < preset < these < process list)"))
     return parser
 
@@ -141,6 +119,8 @@ def jobs_of(args: argparse.Namespace, rows: Sequence[Row]) -> list[Job]:
     """One job per row that is to be done."""
     if args.patch and not (args.seg or args.masks):
         raise UserError("--patch needs contours: give --seg too, or --masks DIR.")
+    if args.masks and not args.masks.is_dir():
+        raise UserError(f"--masks {args.masks}: there is no such folder. Give the one with a mask per slide.")
     steps = Steps(
         save_dir=args.save_dir,
         seg=args.seg or args.masks is not None,

@@ -14,8 +14,8 @@ import pytest
 import tifffile
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path += [str(ROOT / "CLAM"), str(ROOT / "benchmarks")]
+sys.path.append(str(Path(__file__).resolve().parents[1] / "CLAM"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import flat_tiff
 import slides
@@ -23,6 +23,8 @@ from patching import write_jpeg_pyramid
 from slides import RegionError, open_slide, openslide_mpp
 
 from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def picture(width: int, height: int, seed: int = 0) -> np.ndarray:
