@@ -135,14 +135,10 @@ def parameters(row: Row) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", default=",".join(mils.names()), help="names, comma separated")
     parser.add_argument("--sizes", default="1000,10000,100000", help="patches per bag, comma separated")
-    parser.add_argument(
-        "--budget_s", type=float, default=85.0, help="seconds after which nothing new is measured"
-    )
+    parser.add_argument("--budget_s", type=float, default=85.0, help="seconds after which nothing new is measured")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
     clock = Clock(torch.device(options.device), options.budget_s)

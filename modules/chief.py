@@ -47,9 +47,7 @@ class CHIEF(nn.Module):
         self.stem = Stem(input_dim, stem)
         self.scores = AttentionScores(inner, 256, gated=True, bias=stem.bias)
         self.site = nn.Parameter(torch.randn(SITE_DIM))
-        self.site_proj = nn.Sequential(
-            nn.Linear(SITE_DIM, inner, bias=stem.bias), nn.ReLU(), nn.Dropout(stem.dropout)
-        )
+        self.site_proj = nn.Sequential(nn.Linear(SITE_DIM, inner, bias=stem.bias), nn.ReLU(), nn.Dropout(stem.dropout))
         self.norm = bag_norm(inner, stem)
         self.classifier = nn.Linear(inner, n_classes, bias=stem.bias)
         self.apply(initialise)

@@ -195,8 +195,7 @@ class GigaPathMIL(nn.Module):
         self.stem = Stem(input_dim, dataclasses.replace(stem, act="none", dropout=0.0))
         self.cls = nn.Parameter(torch.randn(1, 1, inner) * 0.02)
         self.layers = nn.ModuleList(
-            LongNetLayer(inner, options, dropout=stem.dropout, bias=stem.bias)
-            for _ in range(options.n_layers)
+            LongNetLayer(inner, options, dropout=stem.dropout, bias=stem.bias) for _ in range(options.n_layers)
         )
         self.norm = nn.LayerNorm(inner)
         self.classifier = nn.Linear(inner, n_classes, bias=stem.bias)

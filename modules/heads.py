@@ -28,9 +28,7 @@ def build_mil(name: str, input_dim: int, n_classes: int, options: ModelConfig) -
     return mils.get(name).build(input_dim, n_classes, options)
 
 
-def attention_weights(
-    head: nn.Module, x: Tensor, mask: Tensor | None = None, pos: Tensor | None = None
-) -> Tensor:
+def attention_weights(head: nn.Module, x: Tensor, mask: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
     """The attention (B, heads, N) of any head that has one, summing to 1 over the patches.
 
     ``DAttentionX`` keeps a layer under the name ``attention``, as its published weights do, so it is asked
@@ -40,9 +38,7 @@ def attention_weights(
     if isinstance(method, nn.Module):
         return head(x, mask, return_attn=True)[1]
     if method is None:
-        raise UserError(
-            f"{type(head).__name__} has no attention over patches; choose another head for heat maps"
-        )
+        raise UserError(f"{type(head).__name__} has no attention over patches; choose another head for heat maps")
     return method(x, mask, pos)
 
 

@@ -42,15 +42,11 @@ def as_batch(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | No
         x = x.unsqueeze(0)
         mask = mask if mask is None else mask.reshape(1, -1)
     if x.dim() != 3 or x.shape[1] == 0:
-        raise UserError(
-            f"a bag must be (patches, width) or (bags, patches, width) with a patch; got {tuple(x.shape)}"
-        )
+        raise UserError(f"a bag must be (patches, width) or (bags, patches, width) with a patch; got {tuple(x.shape)}")
     if mask is None:
         return x, None
     if mask.shape != x.shape[:2]:
-        raise UserError(
-            f"the mask {tuple(mask.shape)} must have the bags and patches of x, {tuple(x.shape[:2])}"
-        )
+        raise UserError(f"the mask {tuple(mask.shape)} must have the bags and patches of x, {tuple(x.shape[:2])}")
     mask = mask.bool()
     return x.masked_fill(~mask.unsqueeze(-1), 0), mask
 
@@ -185,9 +181,7 @@ class AttentionScores(nn.Module):
     softmax over patches removes a constant, so its gradient would be zero.
     """
 
-    def __init__(
-        self, width: int, hidden: int, heads: int = 1, *, gated: bool = False, bias: bool = True
-    ) -> None:
+    def __init__(self, width: int, hidden: int, heads: int = 1, *, gated: bool = False, bias: bool = True) -> None:
         super().__init__()
         self.value = nn.Linear(width, hidden, bias=bias)
         self.gate = nn.Linear(width, hidden, bias=bias) if gated else None
@@ -225,9 +219,7 @@ def merge_heads(x: Tensor) -> Tensor:
 def check_heads(head: str, inner_dim: int, n_heads: int) -> None:
     """Raises UserError when the heads do not divide the inner width."""
     if n_heads < 1 or inner_dim % n_heads:
-        raise UserError(
-            f"{head}: inner_dim {inner_dim} is not a multiple of its {n_heads} attention heads; change one"
-        )
+        raise UserError(f"{head}: inner_dim {inner_dim} is not a multiple of its {n_heads} attention heads; change one")
 
 
 def join_weights(parts: list[Tensor], mask: Tensor | None) -> Tensor:

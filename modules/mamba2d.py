@@ -153,9 +153,7 @@ class Mamba2DMIL(nn.Module):
             cells, rows, columns = grid_cells(pos)
         filled = h.new_zeros(rows * columns).index_add(0, cells, h.new_ones(len(h)))
         grid = h.new_zeros(rows * columns, h.shape[1]).index_add(0, cells, h)
-        grid = torch.where(
-            filled.unsqueeze(1) > 0, grid / filled.clamp(min=1).unsqueeze(1), self.empty.to(h.dtype)
-        )
+        grid = torch.where(filled.unsqueeze(1) > 0, grid / filled.clamp(min=1).unsqueeze(1), self.empty.to(h.dtype))
         return self.block(grid.view(rows, columns, -1)).flatten(0, 1)[cells]
 
     def _pool(self, x: Tensor, mask: Tensor | None, pos: Tensor | None) -> tuple[Tensor, list[Tensor]]:

@@ -105,9 +105,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width, bias=bias)
         self.epeg: nn.Conv2d | None = None
         if epeg_k is not None:
-            self.epeg = nn.Conv2d(
-                n_heads, n_heads, (epeg_k, 1), padding=(epeg_k // 2, 0), groups=n_heads, bias=False
-            )
+            self.epeg = nn.Conv2d(n_heads, n_heads, (epeg_k, 1), padding=(epeg_k // 2, 0), groups=n_heads, bias=False)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
         q, k, v = (split_heads(part, self.n_heads) for part in self.qkv(x).chunk(3, -1))  # (G, H, p, d)

@@ -100,9 +100,7 @@ class PPEG(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(width, width, k, padding=k // 2, groups=width) for k in (7, 5, 3)
-        )
+        self.convs = nn.ModuleList(nn.Conv2d(width, width, k, padding=k // 2, groups=width) for k in (7, 5, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         count = x.shape[1]
@@ -141,9 +139,7 @@ class TransMIL(nn.Module):
         self.cls = nn.Parameter(torch.randn(1, 1, inner) * 0.02)
         self.norms = nn.ModuleList(nn.LayerNorm(inner) for _ in range(3))
         marks = max(1, inner // 2)
-        self.attentions = nn.ModuleList(
-            NystromAttention(inner, n_heads, marks, bias=stem.bias) for _ in range(2)
-        )
+        self.attentions = nn.ModuleList(NystromAttention(inner, n_heads, marks, bias=stem.bias) for _ in range(2))
         self.ppeg = PPEG(inner)
         self.classifier = nn.Linear(inner, n_classes, bias=stem.bias)
         self.apply(initialise)
