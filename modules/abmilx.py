@@ -233,17 +233,16 @@ class DAttentionX(nn.Module):
         if n_heads < 1 or inner_dim % n_heads:
             raise ValueError(f"inner_dim {inner_dim} is not a multiple of n_heads {n_heads}")
         self.input_dim, self.n_heads, self.mil_norm = input_dim, n_heads, mil_norm
-        self.full_width = attn_plus_embed_new
+        self.full_width = full = attn_plus_embed_new
         self.alpha_init = _alpha(alpha_init)
         norm, activation = _norm(mil_norm, input_dim, mil_bias), ACTIVATIONS[act]
         layers = [norm, nn.Linear(input_dim, inner_dim, bias=mil_bias), activation and activation()]
         self.feature = nn.Sequential(*(layer for layer in layers if layer is not None), nn.Dropout(dropout))
-        width = inner_dim if attn_plus_embed_new else inner_dim // n_heads
+        width = inner_dim if full else inner_dim // n_heads
         scorer = MLP if attn_type == "mlp" else GatedScoreMLP
-        outputs = n_heads if attn_plus_embed_new else 1
+        outputs = n_heads if full else 1
         self.attention = scorer(width, _hidden_width(width, D, n_heads), outputs, attn_bias)
-        plus = AttentionPlus(width, n_heads, sdpa_type, attn_plus_embed_new) if attn_plus else None
-        self.attn_plus_fn = plus
+        self.attn_plus_fn = AttentionPlus(width, n_heads, sdpa_type, full) if attn_plus else None
         self.proj = nn.Linear(inner_dim, inner_dim, bias=mil_bias)
         self.proj_drop = nn.Dropout(proj_drop)
         self.norm_ffn: nn.Module = nn.LayerNorm(inner_dim, bias=mil_bias) if ffn else nn.Identity()
@@ -280,7 +279,8 @@ class DAttentionX(nn.Module):
             x: (B, N, C), or one bag (N, C).
             mask: (B, N) bool (or (N,)), True where there is an instance; None: everywhere. A masked bag
                 computes what the bag cut to its instances computes. A bag without any instance gives NaN.
-            pos, ignored: not used by this model.
+            pos: not used by this model.
+            **ignored: not used either.
             return_attn: also return the attention (B, m, N), which sums to one over N.
             return_act: also return the projected instances (B, N, E).
             return_img_feat: put [logits, bag features (B, E)] in the place of the logits.
@@ -301,8 +301,7 @@ class DAttentionX(nn.Module):
 
     def _check(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Bags as (B, N, C), zero where the mask is False, so that padding may hold anything, NaN too."""
-        if x.ndim == 2:
-            x = x.unsqueeze(0)
+        x = x.unsqueeze(0) if x.ndim == 2 else x
         if x.ndim != 3 or x.shape[-1] != self.input_dim or x.shape[1] == 0:
             raise ValueError(
                 f"the bags have shape {tuple(x.shape)}, but must be (B, N, {self.input_dim}) or "

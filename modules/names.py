@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import modules.encoders  # noqa: F401  (fills the registry of encoders)
+import modules.heads  # noqa: F401  (fills the registry of heads)
 from modules.encoders import TIMM_PREFIX
 from modules.registry import UnknownNameError, encoders, mils
 from utils.errors import did_you_mean
@@ -17,10 +17,8 @@ E2E_PREFIX = "e2e_"
 def parse_model_name(name: str) -> tuple[str | None, str]:
     """(encoder, MIL head) of a model name; the encoder is None for a head on features.
 
-    Heads must be registered before, by importing their modules.
-
-    >>> parse_model_name("e2e_r18_abmilx")  # doctest: +SKIP
-    ('r18', 'abmilx')
+    >>> parse_model_name("e2e_timm:convnext_tiny_clam_sb")
+    ('timm:convnext_tiny', 'clam_sb')
 
     Raises:
         UnknownNameError: with the names that exist and the nearest ones.
