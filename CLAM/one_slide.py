@@ -145,9 +145,7 @@ def resolved_params(slide: Slide, job: Job) -> SlideParams:
             )
     if job.old_area is not None:
         x, y = slide.level_downsamples[params.seg_level]
-        params = dataclasses.replace(
-            params, a_t=int(job.old_area * x * y / 512**2), seg_level=-1, vis_level=-1
-        )
+        params = dataclasses.replace(params, a_t=int(job.old_area * x * y / 512**2), seg_level=-1, vis_level=-1)
     best = 0 if levels == 1 else slide.best_level(BEST_DOWNSAMPLE)
     return dataclasses.replace(
         params,
@@ -178,8 +176,9 @@ def _make(work: _Work, outcome: Outcome) -> None:
     segment = job.steps.seg and not job.steps.masks_dir
     level = params.seg_level if segment else params.vis_level
     scan = scan_level(slide, level, segment)
-    tissue = _tissue(work, scan)
     shown = scan if params.vis_level == level else scan_level(slide, params.vis_level, False)
+    slide.release()
+    tissue = _tissue(work, scan)
     if job.steps.seg or not job.output("masks", ".jpg").is_file():
         _save_mask(job, params, shown, tissue)
     outcome.status = "processed"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,8 +35,11 @@ PLAUSIBLE_MPP = (0.04, 20.0)
 """Files claim 72 dpi (353 um/px) or 0: outside these um/px the entry is a placeholder and counts as
 missing."""
 
-MAX_WHOLE_PX = 100_000_000
-"""PNG, JPEG and WebP can only be decoded whole: 3 bytes a pixel, so 300 MB of the 500 MB a worker may use."""
+MAX_WHOLE_PX = 178_000_000
+"""PNG, JPEG and WebP can only be decoded whole, at 4 bytes a pixel: 710 MB. Pillow itself refuses more."""
+
+MUCH_WHOLE_PX = 60_000_000
+"""Above this an image takes more than the 500 MB that a worker otherwise stays under, which is said."""
 
 BLOCK_PX = 2048
 """Edge of the blocks in which a whole level is read: 16 MB of RGBA, a multiple of the usual tile sizes."""
@@ -133,6 +137,9 @@ class Slide:
             log.warning("%s", error)
             return Block(*box, None)
         return Block(*box, pixels)
+
+    def release(self) -> None:
+        """Forgets decoded pixels; a later read decodes them again."""
 
     def close(self) -> None:
         """Releases the file."""
@@ -233,33 +240,45 @@ class ImageSlide(Slide):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        with Image.open(self.path) as image:
-            size = image.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(self.path) as image:
+                size, mode = image.size, image.mode
+        if mode.startswith(("I", "F")):
+            raise UserError(f"{path}: has pixels of mode {mode}; images must have 8 bits a sample. Convert it.")
         if size[0] * size[1] > MAX_WHOLE_PX:
             raise UserError(
                 f"{path}: {size[0]} x {size[1]} px, and this format can only be decoded whole; the limit is "
                 f"{MAX_WHOLE_PX / 1e6:.0f} Mpx. Convert it to a tiled TIFF."
             )
         self.level_dimensions = (size,)
-        self._pixels: Pixels | None = None
+        self._image: Image.Image | None = None
 
     def read_region(self, location_px: tuple[int, int], level: int, size_px: tuple[int, int]) -> Pixels:
-        if self._pixels is None:
-            self._pixels = self._decode()
-        return crop(self._pixels, location_px, size_px)
+        if self._image is None:
+            self._image = self._decoded()
+        x, y = location_px
+        return np.array(self._image.crop((x, y, x + size_px[0], y + size_px[1])))
 
-    def _decode(self) -> Pixels:
+    def _decoded(self) -> Image.Image:
+        width, height = self.dimensions
+        if width * height > MUCH_WHOLE_PX:
+            log.warning("%s: decoding it whole takes %d MB", self.path, width * height * 4 // 1_000_000)
         try:
             with Image.open(self.path) as image:
                 if "A" in image.getbands() or "transparency" in image.info:
-                    rgba = np.array(image.convert("RGBA"))
-                    return np.where(rgba[..., 3:] > 0, rgba[..., :3], 0).astype(np.uint8)
-                return np.array(image.convert("RGB"))
+                    rgba = image.convert("RGBA")
+                    seen = rgba.getchannel("A").point([0] + [255] * 255)
+                    return Image.composite(rgba.convert("RGB"), Image.new("RGB", rgba.size), seen)
+                return image.convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise RegionError(_region_message(self.path, (0, 0), 0, error)) from error
 
+    def release(self) -> None:
+        self._image = None
+
     def close(self) -> None:
-        self._pixels = None
+        self._image = None
 
 
 def open_slide(path: str | Path) -> Slide:
@@ -311,19 +330,6 @@ def boxes(size_px: tuple[int, int], block_px: tuple[int, int]) -> Iterator[Box]:
     for y in range(0, height, step_y):
         for x in range(0, width, step_x):
             yield x, y, min(step_x, width - x), min(step_y, height - y)
-
-
-def crop(pixels: Pixels, location_px: tuple[int, int], size_px: tuple[int, int]) -> Pixels:
-    """The part of an image (H, W, 3) at a location, black where it lies outside the image."""
-    (x, y), (width, height) = location_px, size_px
-    part = pixels[max(y, 0) : max(y + height, 0), max(x, 0) : max(x + width, 0)]
-    if part.shape[:2] == (height, width):
-        return np.ascontiguousarray(part)
-    result = np.zeros((height, width, 3), np.uint8)
-    top, left = max(-y, 0), max(-x, 0)
-    if part.size:
-        result[top : top + part.shape[0], left : left + part.shape[1]] = part
-    return result
 
 
 def openslide_mpp(properties: dict[str, str]) -> tuple[float | None, str | None]:

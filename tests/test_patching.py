@@ -12,10 +12,12 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "CLAM"))
 
+import slides
 from batch import over_processes
 from create_patches_fp import main
 from params import SlideParams, find_preset, preset_names, read_preset
@@ -108,6 +110,28 @@ def test_no_patch_fits_is_said(source, tmp_path):
     assert run(source, tmp_path, "--patch_size", 512, "--use_padding", "false") == 1
     assert {r["status"] for r in table(tmp_path).values()} == {"no_patches"}
     assert "--patch_size" in table(tmp_path)["s0.png"]["reason"]
+
+
+def test_a_corrupt_region_is_reported_and_the_rest_used(source, tmp_path, monkeypatch):
+    """A tiled TIFF with one damaged tile: the slide is done without it, and every run says so."""
+    monkeypatch.setattr(slides, "BLOCK_PX", 128)
+    path = source / "t.tif"
+    kinds = {"photometric": "rgb", "compression": "zlib", "tile": (128, 128), "metadata": None}
+    tifffile.imwrite(path, tissue_image((20, 20, 380, 280)), **kinds)
+    with tifffile.TiffFile(path) as file:
+        offset, count = file.pages[0].dataoffsets[5], file.pages[0].databytecounts[5]
+    data = bytearray(path.read_bytes())
+    data[offset : offset + count] = b"\xff" * count
+    path.write_bytes(data)
+    for status in ("processed", "already_exist"):
+        assert run(source, tmp_path) == 1
+        row = table(tmp_path)["t.tif"]
+        assert (row["status"], row["corrupt_blocks"]) == (status, "1")
+        assert "--seg_level" in row["reason"]
+    found = coords(tmp_path, "t")
+    # Tile 5 covers x 128..255, y 128..255.
+    assert [c for c in found if c[0] > 256]
+    assert not [c for c in found if 140 < c[0] < 180 and 140 < c[1] < 180]
 
 
 def stamps(out: Path) -> list[int]:

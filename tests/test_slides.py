@@ -113,6 +113,12 @@ def test_pyramid_levels_and_scale(tmp_path):
     assert outside[20:].sum() == outside[:, 20:].sum() == 0
 
 
+def test_sixteen_bit_png_is_refused_with_a_reason(tmp_path):
+    Image.fromarray(np.full((20, 20), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(UserError, match=r"deep\.png.*8 bits"):
+        open_slide(tmp_path / "deep.png")
+
+
 def test_a_pickled_slide_opens_again(tmp_path):
     image = picture(130, 95)
     Image.fromarray(image).save(tmp_path / "s.png")
