@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import pathlib
 from typing import Any
 
 import pytest
@@ -194,14 +195,10 @@ def test_readme_example() -> None:
 def test_a_new_ffn_has_a_norm_and_follows_the_bias_switch(norm: str | None, bias: bool) -> None:
     model = build({"ffn": True, "mil_norm": norm, "mil_bias": bias})
     assert isinstance(model.norm_ffn, torch.nn.LayerNorm)
-    biases = {
-        n for n, _ in model.named_parameters() if n.endswith("bias") and not n.startswith("attn_plus_fn")
-    }
+    biases = {n for n, _ in model.named_parameters() if n.endswith("bias") and not n.startswith("attn_plus_fn")}
     assert bool(biases) == bias
     z = torch.randn(1, INNER, dtype=torch.float64)
-    torch.testing.assert_close(
-        model.mlp(model.norm_ffn(3 * z)), model.mlp(model.norm_ffn(z)), atol=1e-3, rtol=1e-3
-    )
+    torch.testing.assert_close(model.mlp(model.norm_ffn(3 * z)), model.mlp(model.norm_ffn(z)), atol=1e-3, rtol=1e-3)
     copy_ = build({"ffn": True, "mil_norm": norm, "mil_bias": bias})
     copy_.load_state_dict(model.state_dict(), strict=True)
     (bag,) = bags(5)
@@ -262,6 +259,31 @@ def test_gradients_equal_those_of_the_plain_form(name: str) -> None:
         assert a.grad is not None, key
         assert a.grad.abs().sum() > 0, key
         torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=1e-8)
+
+
+def peak_mib() -> float:
+    """Most memory that this process has held at once since ``forget_peak``."""
+    line = next(x for x in pathlib.Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pytest.skip("this system does not let a process reset its peak memory")
+
+
+@pytest.mark.parametrize(("kernel", "linear"), [("torch", True), ("math", False)])
+def test_memory_of_training_on_the_cpu(kernel: str, linear: bool) -> None:
+    count = 8_192  # its N x N matrix has 256 MiB in float32
+    model = DAttentionX(INPUT, CLASSES, inner_dim=16, n_heads=1, sdpa_type=kernel)
+    x, mask = torch.randn(1, count, INPUT), torch.arange(count).remainder(3).gt(0)[None]
+    model(x[:, :64], mask[:, :64]).sum().backward()
+    forget_peak()
+    before = peak_mib()
+    model(x, mask).sum().backward()
+    assert (peak_mib() - before < 128) == linear
 
 
 def test_order_of_instances_does_not_matter() -> None:
