@@ -1,7 +1,6 @@
 """Slides to patch coordinates: tissue segmentation, contours, a grid of patches, pictures and a cohort page.
 
-    python CLAM/create_patches_fp.py --source SLIDES --save_dir OUT --patch_size 256 --mpp 0.5 \
-        --preset tcga --seg --patch --stitch
+    python CLAM/create_patches_fp.py --source SLIDES --save_dir OUT --mpp 0.5 --preset tcga --seg --patch --stitch
 
 Exit status: 0 all slides done, 1 some slide failed (see process_list_autogen.csv), 2 the options are at
 fault.
@@ -23,8 +22,9 @@ for _folder in (ROOT, ROOT / "CLAM"):
 
 from batch import over_processes, usable_cpus  # noqa: E402
 from cohort_page import write_cohort_page  # noqa: E402
+from jobs import Job, Outcome, Steps  # noqa: E402
 from magnification import Request  # noqa: E402
-from one_slide import Job, Outcome, Steps, process  # noqa: E402
+from one_slide import process  # noqa: E402
 from params import PARAM_NAMES, SlideParams, read_preset, typed  # noqa: E402
 from process_list import Ledger, Row  # noqa: E402
 from survey import survey, table  # noqa: E402
@@ -150,6 +150,9 @@ def run(args: argparse.Namespace) -> int:
     rows = choose_rows(args, params_of(args))
     todo = [row for row in rows if row.todo]
     jobs = jobs_of(args, todo)
+    if args.step_size != args.patch_size:
+        kind = "overlap" if args.step_size < args.patch_size else "leave gaps"
+        log.info("Patches of %d px every %d px: they %s.", args.patch_size, args.step_size, kind)
     findings = survey(jobs)
     log.info("%s", table(findings))
     if args.on_error == "fail" and any(f.fault for f in findings):

@@ -17,7 +17,9 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import tifffile
 from PIL import Image
-from slides import MAX_WHOLE_PX, Box, Pixels, RegionError, Slide, boxes, openslide_mpp
+from slide_image import MAX_WHOLE_PX
+from slide_scale import openslide_mpp
+from slides import Box, Pixels, RegionError, Slide, boxes
 
 from utils.errors import UserError
 

@@ -124,9 +124,7 @@ def _mark(
     result[row[hit], column[hit]] = 0
 
 
-def _mark_horizontal(
-    result: npt.NDArray[np.int8], polygon: npt.NDArray[np.int64], xs: Lattice, ys: Lattice
-) -> None:
+def _mark_horizontal(result: npt.NDArray[np.int8], polygon: npt.NDArray[np.int64], xs: Lattice, ys: Lattice) -> None:
     """Sets 0 along horizontal edges that run on a row of the lattice."""
     start = np.roll(polygon, 1, axis=0)
     row, off = np.divmod(polygon[:, 1] - ys.start, ys.step)
@@ -168,10 +166,7 @@ def _passes(outline: Points, axes: tuple[Lattice, Lattice], grid: Grid) -> npt.N
     """The contour test of every corner: (rows, columns)."""
     offsets = _test_offsets(grid)
     tests = (
-        lattice_in_polygon(
-            outline, *(a._replace(start=a.start + o) for a, o in zip(axes, offset, strict=True))
-        )
-        >= 0
+        lattice_in_polygon(outline, *(a._replace(start=a.start + o) for a, o in zip(axes, offset, strict=True))) >= 0
         for offset in offsets
     )
     keep = next(tests)

@@ -42,9 +42,7 @@ class SlideParams:
     vis_level: int = _param(-1, "level for the pictures; -1: the one best for downsample 64")
     line_thickness: int = _param(250, "line width in the mask picture, in level-0 px")
     use_padding: bool = _param(True, "let patches run over the right and lower edge of the slide")
-    contour_fn: str = _param(
-        "four_pt", f"which points of a patch must lie in the tissue: {', '.join(CONTOUR_FNS)}"
-    )
+    contour_fn: str = _param("four_pt", f"which points of a patch must lie in the tissue: {', '.join(CONTOUR_FNS)}")
 
     def check(self, subject: str) -> None:
         """Raises a UserError that lists every value out of its range."""
@@ -57,9 +55,7 @@ class SlideParams:
             faults.add(f"close is {self.close}; it must be 0 or more")
         if self.contour_fn not in CONTOUR_FNS:
             hint = did_you_mean(self.contour_fn, CONTOUR_FNS)
-            faults.add(
-                f"contour_fn is {self.contour_fn!r}; it must be one of {', '.join(CONTOUR_FNS)}.{hint}"
-            )
+            faults.add(f"contour_fn is {self.contour_fn!r}; it must be one of {', '.join(CONTOUR_FNS)}.{hint}")
         for name in ("a_t", "a_h", "max_n_holes"):
             if getattr(self, name) < 0:
                 faults.add(f"{name} is {getattr(self, name)}; it must be 0 or more")

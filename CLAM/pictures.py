@@ -21,9 +21,7 @@ MAX_LINE_SHARE = 1 / 200
 """Widest line as a share of the picture: the published 250 level-0 px would cover a small slide."""
 
 
-def draw_mask(
-    overview: Pixels, scale: tuple[float, float], regions: Sequence[Region], line_px: float
-) -> Pixels:
+def draw_mask(overview: Pixels, scale: tuple[float, float], regions: Sequence[Region], line_px: float) -> Pixels:
     """The overview with outlines in green and holes in blue.
 
     Args:

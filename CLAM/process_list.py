@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from one_slide import Outcome
+from jobs import Outcome
 from params import PARAM_NAMES, SlideParams, from_row
 
 from utils.errors import Faults, UserError

@@ -39,8 +39,7 @@ def find_own_mask(folder: Path, name: str) -> Path:
             return path
     known = sorted(p.stem for p in folder.iterdir() if p.suffix.lower() in MASK_SUFFIXES)
     raise UserError(
-        f"--masks {folder} holds no {name} with a suffix of {', '.join(MASK_SUFFIXES)}."
-        + did_you_mean(name, known)
+        f"--masks {folder} holds no {name} with a suffix of {', '.join(MASK_SUFFIXES)}." + did_you_mean(name, known)
     )
 
 
@@ -51,9 +50,7 @@ def read_own_regions(path: Path, slide_px: tuple[int, int]) -> Tissue:
     Raises:
         UserError: the file cannot be read or does not fit the slide.
     """
-    regions = (
-        _read_geojson(path) if path.suffix.lower() in (".geojson", ".json") else _read_mask(path, slide_px)
-    )
+    regions = _read_geojson(path) if path.suffix.lower() in (".geojson", ".json") else _read_mask(path, slide_px)
     area = sum(_area(r.outline) - sum(_area(h) for h in r.holes) for r in regions)
     hint = "" if regions else f"the mask {path.name} is empty"
     return Tissue(tuple(regions), area / (slide_px[0] * slide_px[1]), hint, len(regions))
@@ -67,9 +64,7 @@ def _read_mask(path: Path, slide_px: tuple[int, int]) -> list[Region]:
     try:
         with Image.open(path) as image:
             if image.size[0] * image.size[1] > MAX_MASK_PX:
-                raise UserError(
-                    f"{path}: {image.size[0]} x {image.size[1]} px; the limit is {MAX_MASK_PX} px."
-                )
+                raise UserError(f"{path}: {image.size[0]} x {image.size[1]} px; the limit is {MAX_MASK_PX} px.")
             mask = np.array(image.convert("L")) > 0
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be read as a mask: {error}") from error
@@ -84,9 +79,7 @@ def _read_mask(path: Path, slide_px: tuple[int, int]) -> list[Region]:
     return _nested(contours, np.asarray(hierarchy, np.int32)[0, :, 3], scale) if contours else []
 
 
-def _nested(
-    contours: Sequence[Any], parents: npt.NDArray[np.int32], scale: tuple[float, float]
-) -> list[Region]:
+def _nested(contours: Sequence[Any], parents: npt.NDArray[np.int32], scale: tuple[float, float]) -> list[Region]:
     scaled = [(c.reshape(-1, 2) * np.array(scale)).astype(np.int32) for c in contours]
     children: dict[int, list[Any]] = {}
     for contour, parent in zip(scaled, parents, strict=True):

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from jobs import SLIDE_ERRORS, Job, optics_of
 from magnification import plan
-from one_slide import SLIDE_ERRORS, Job, optics_of
 from slides import open_slide
 
 OPENERS = 8
@@ -38,9 +38,7 @@ def look(job: Job) -> Finding:
     if read.target_size_px != read.read_size_px:
         size += f" to {read.target_size_px}"
     scale = f", {read.resolved_mpp:.4g} um/px" if read.resolved_mpp else ""
-    return Finding(
-        job.path.name, (mpp, optics.mpp_source or "-", power, f"level {read.level}, {size}{scale}")
-    )
+    return Finding(job.path.name, (mpp, optics.mpp_source or "-", power, f"level {read.level}, {size}{scale}"))
 
 
 def survey(jobs: Sequence[Job]) -> list[Finding]:

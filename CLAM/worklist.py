@@ -38,9 +38,7 @@ def find_slides(source: Path) -> list[str]:
         log.info("Not slides, left alone: %s%s", ", ".join(others[:5]), " ..." if len(others) > 5 else "")
     slides = [name for name in files if name not in set(others)]
     if not slides:
-        raise UserError(
-            f"--source {source}: holds no slides ({len(files)} files). Give the folder that holds them."
-        )
+        raise UserError(f"--source {source}: holds no slides ({len(files)} files). Give the folder that holds them.")
     return slides
 
 

@@ -36,8 +36,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "CLAM")]
 
 from coords_file import read_coords  # noqa: E402
 from flat_tiff import tiff_directory  # noqa: E402
+from jobs import Job, Steps  # noqa: E402
 from magnification import Request  # noqa: E402
-from one_slide import Job, Steps, process  # noqa: E402
+from one_slide import process  # noqa: E402
 from params import SlideParams, read_preset  # noqa: E402
 
 SIZE_PX = (21_772, 18_268)

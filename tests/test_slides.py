@@ -18,9 +18,11 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "CLAM"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import flat_tiff
+import slide_image
 import slides
 from patching import write_jpeg_pyramid
-from slides import RegionError, open_slide, openslide_mpp
+from slide_scale import openslide_mpp
+from slides import RegionError, open_slide
 
 from utils.errors import UserError
 
@@ -250,7 +252,7 @@ def test_sixteen_bit_tiff_is_refused_with_a_reason(tmp_path):
 
 
 def test_an_image_too_large_to_decode_whole_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(slides, "MAX_WHOLE_PX", 1000)
+    monkeypatch.setattr(slide_image, "MAX_WHOLE_PX", 1000)
     Image.fromarray(picture(130, 95)).save(tmp_path / "large.png")
     with pytest.raises(UserError, match=r"large\.png: 130 x 95 px.*tiled TIFF"):
         open_slide(tmp_path / "large.png")
