@@ -52,7 +52,12 @@ PLANS = {
 """Fastest tiles by head width d, measured on an H100; the widths are those that the kernels take."""
 
 
-@torch.library.custom_op("abmilx::attention_plus", mutates_args=(), device_types="cuda")
+@torch.library.custom_op(
+    "abmilx::attention_plus",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor qk, Tensor v, Tensor? mask, float scale) -> (Tensor, Tensor)",
+)
 def attention_plus(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """``softmax_rows(q k^T * scale) v`` and the base-2 logarithm of the softmax's row sums.
 
@@ -73,7 +78,12 @@ def _(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor,
     return torch.empty_like(v), torch.empty_like(v)
 
 
-@torch.library.custom_op("abmilx::attention_plus_backward", mutates_args=(), device_types="cuda")
+@torch.library.custom_op(
+    "abmilx::attention_plus_backward",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor grad, Tensor qk, Tensor v, Tensor? mask, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor)",
+)
 def attention_plus_backward(
     grad: Tensor, qk: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:

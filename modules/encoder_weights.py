@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import pickle
 import re
 import socket
 import urllib.parse
@@ -23,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 CONTAINERS = ("state_dict", "model", "teacher")
 """Keys under which a checkpoint keeps its weights."""
+DEEPEST = 3
+"""Containers inside containers that are opened."""
 PREFIXES = ("module.", "_orig_mod.", "encoder.", "resnet.", "backbone.", "model.")
 """What wrappers and training programs put in front of a timm name."""
 HUB_TIMEOUT_S = 5.0
@@ -124,25 +125,15 @@ def _read(file: Path) -> dict[str, Tensor]:
             content: Any = load_file(file)
         else:
             content = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, KeyError) as error:
+    # A broken byte leads torch's reader to a dozen types, from AssertionError to struct.error.
+    except Exception as error:  # noqa: BLE001
         raise _unreadable(file, error) from error
-    except Exception as error:  # safetensors' error has no public base but Exception
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise _unreadable(file, error) from error
-    while isinstance(content, Mapping) and (
-        inner := next((k for k in CONTAINERS if _holds(content, k)), None)
-    ):
-        content = content[inner]
+    for _ in range(DEEPEST):
+        if isinstance(content, Mapping):
+            content = next((content[k] for k in CONTAINERS if isinstance(content.get(k), Mapping)), content)
     if not isinstance(content, Mapping):
-        raise UserError(
-            f"{file}: holds a {type(content).__name__} where a mapping of names to tensors is needed"
-        )
+        raise UserError(f"{file}: holds a {type(content).__name__} where a mapping of names to tensors is needed")
     return {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-
-
-def _holds(content: Mapping[Any, Any], key: str) -> bool:
-    return isinstance(content.get(key), Mapping)
 
 
 def _unreadable(file: Path, error: Exception) -> UserError:
