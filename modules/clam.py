@@ -97,14 +97,16 @@ class CLAM(nn.Module):
     def forward_with_aux(
         self, x: Tensor, mask: Tensor | None, target: Tensor, criterion: Criterion
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, K) and the instance loss, a scalar; ``target`` (B,) holds class or bin indices.
+        """Logits (B, K) and the instance loss, a scalar; ``target`` (B,) holds classes.
+
+        A survival task counts its bins twice, dead and censored: modulo K either is the bin.
 
         ``criterion`` is the bag's and is not used: the instance loss has classes of its own.
         """
         x, mask = as_batch(x, mask)
         h, weights = self._attend(x, mask)
         losses = []
-        for index, own in enumerate(target.tolist()):
+        for index, own in enumerate((target % self.n_classes).tolist()):
             real = slice(None) if mask is None else mask[index]
             losses.append(self._instance_loss(h[index, real], weights[index][:, real], own))
         return self._classify(h, weights), torch.stack(losses).mean()
