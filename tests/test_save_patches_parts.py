@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+for folder in (str(ROOT), str(ROOT / "CLAM")):
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
 from patch_jobs import make_plan, parse_shard, read_slide_ids  # noqa: E402
 from patch_reading import PatchReader, strips  # noqa: E402
 from patch_resize import TORCH_FROM_PATCHES, choose_kernel, resize  # noqa: E402
 from patch_saving import _cuts  # noqa: E402
 from patch_tiles import JpegTiles, TileError  # noqa: E402
-from PIL import Image
 from save_patches import main, make_header, parse_sizes, store_paths  # noqa: E402
 from slides import RegionError, open_slide  # noqa: E402
-from test_save_patches import Cohort, texture
+from test_save_patches import Cohort, texture  # noqa: E402
 
 from benchmarks.lmdb_writing import pyramid, write_pyramid  # noqa: E402
 from utils.errors import UserError  # noqa: E402
@@ -95,6 +102,22 @@ def test_strips_join_neighbours_in_line_and_nothing_else(monkeypatch: pytest.Mon
     monkeypatch.setattr("patch_reading.MAX_STRIP_PX", 100 * 250)
     assert [(s.start, s.stop) for s in strips(np.array(column, float), 100)] == [(0, 2), (2, 4), (4, 5)]
     assert list(strips(np.zeros((0, 2)), 100)) == []
+
+
+def test_corners_between_two_pixels_are_rounded_not_interpolated(tmp_path: Path) -> None:
+    path = tmp_path / "odd.tif"
+    write_pyramid(path, pyramid(texture(331, 251), 2), tile_px=64)
+    reader = PatchReader(path)
+    coords = np.array([[4, 4], [105, 77], [201, 133]])
+    whole = reader.tiles.read((0, 0), 1, 165)
+    for through_tiles in (True, False):
+        for (x, y), patch in zip(coords, reader.read(coords, 1, 30), strict=True):
+            left, top = round(x / (331 / 165)), round(y / (251 / 125))
+            if through_tiles:
+                assert np.array_equal(patch, whole[top : top + 30, left : left + 30])
+            else:
+                assert np.abs(patch.astype(int) - whole[top : top + 30, left : left + 30]).mean() < 20  # type: ignore[union-attr]
+        reader.tiles.close()
 
 
 def test_a_level_that_is_not_there(slide: Path) -> None:
