@@ -1,0 +1,169 @@
+"""How near the training loop comes to the bare step: reading, decoding, views, EMA and all, in one run.
+
+    python -m benchmarks.training [--workers 14] [--bags 8] [--patches 128] [--encoder r18] [--steps 60]
+
+Builds two stores of 256 px JPEGs of about 15 kB (the PANDA recipe's sizes), then measures, one behind the other:
+
+* bare: the training step on patches that are on the device already, rendered and normalised;
+* step: the same with rendering (crops, flips) from uint8 on the device, and EMA;
+* loader: batches from the store to host memory, nobody using them;
+* loop: everything together, epoch boundaries included.
+
+The ratio loop / bare is what the data path costs. Without a GPU it runs a tiny version that only shows that it works.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.bags import Bags, PixelSource, SamplingPlan, TrainBags
+from datasets.jpeg import encode
+from datasets.labels import Sample
+from datasets.loaders import LoaderOptions, TrainStream, train_loader
+from datasets.store import PatchStore, StoreHeader, StoreWriter
+from datasets.views import Renderer, ViewPlan
+from engine.learner import Learner
+from engine.tasks import ClassificationTask
+from modules.encoders import build_encoder
+from modules.heads import build_mil
+from modules.model import SlideModel
+from utils.config import ModelConfig, TrainConfig
+from utils.dist import Processes
+
+DISTINCT = 64
+
+
+def tissue_like(rng: np.random.Generator, side_px: int) -> np.ndarray:
+    """An RGB patch whose JPEG at quality 80 has about 15 kB at 256 px: smooth colour and grain."""
+    coarse = rng.normal(0, 40, (side_px // 8, side_px // 8, 3)).repeat(8, 0).repeat(8, 1)
+    grain = rng.normal(0, 6, (side_px, side_px, 1))
+    return np.clip(np.array([200, 130, 180]) + coarse + grain, 0, 255).astype(np.uint8)
+
+
+def write_store(path: Path, slides: int, patches: int, side_px: int) -> float:
+    """Writes a store of repeated random patches; returns the mean JPEG size in kB."""
+    rng = np.random.default_rng(0)
+    jpegs = [encode(tissue_like(rng, side_px), 80) for _ in range(DISTINCT)]
+    header = StoreHeader(mpp=0.5, level=0, patch_size_px=side_px, image_size_px=side_px, jpeg_quality=80)
+    coords = np.zeros((patches, 2), np.int64)
+    with StoreWriter(path, header) as writer:
+        for slide in range(slides):
+            writer.put_slide(f"s{slide}", [jpegs[i] for i in rng.integers(0, DISTINCT, patches)], coords)
+    return float(np.mean([len(j) for j in jpegs])) / 1000
+
+
+def rate(step: Callable[[], object], patches: int, steps: int, device: torch.device) -> float:
+    """Patches per second of ``steps`` calls, after a warm-up of a third as many."""
+    for _ in range(max(steps // 3, 2)):
+        step()
+    synchronise(device)
+    begin = time.perf_counter()
+    for _ in range(steps):
+        step()
+    synchronise(device)
+    return steps * patches / (time.perf_counter() - begin)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_learner(args: argparse.Namespace, device: torch.device) -> Learner:
+    """The PANDA recipe: ABMILX with four heads and FFN, Adam, EMA, mixed precision on a GPU."""
+    encoder = build_encoder(args.encoder, pretrained=False)
+    options = ModelConfig(inner_dim=512, n_heads=4, ffn=True, act="gelu", mil_norm="ln", mil_bias=False)
+    model = SlideModel(build_mil("abmilx", encoder.width, 6, options), encoder, chunk=2048).to(device)
+    if device.type == "cuda":
+        model.encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    renderer = Renderer(args.crop, encoder.mean, encoder.std, channels_last=device.type == "cuda")
+    train = TrainConfig(amp=device.type == "cuda", torchcompile=args.compile, mm=0.9999)
+    task = ClassificationTask(tuple("012345"), "accuracy_macro")
+    return Learner(model, task, renderer, train, Processes(0, 1, device), with_ema=True)
+
+
+def bags_of(args: argparse.Namespace, folder: Path) -> TrainBags:
+    sources = [PixelSource(PatchStore(folder / name)) for name in ("low.lmdb", "high.lmdb")]
+    samples = [Sample(f"s{i}", f"s{i}", (f"s{i}",), {"label": i % 6}) for i in range(args.slides)]
+    views = ViewPlan("strong", 0.08, args.stored, args.crop)
+    return TrainBags(samples, sources, SamplingPlan(args.patches, 4.0, pad=True), views, seed=0)
+
+
+def loop(learner: Learner, batches: Iterator[Bags], steps: int, device: torch.device) -> float:
+    """Seconds of ``steps`` whole steps."""
+    begin = time.perf_counter()
+    for _ in range(steps):
+        learner.step(next(batches), divide_by=1, update=True)
+    synchronise(device)
+    return time.perf_counter() - begin
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    patches = args.bags * args.patches
+    learner = make_learner(args, device)
+    bags = bags_of(args, folder)
+    stream = TrainStream(args.slides, args.bags, epochs=(0, 10_000))
+    options = LoaderOptions(args.workers, 2, pin=device.type == "cuda")
+    learner.model.train()
+
+    batches = iter(train_loader(bags, stream, options))
+    batch = next(batches)
+    on_device = batch.to(device)
+    figures = {"loader": rate(lambda: next(batches), patches, args.steps, device)}
+    figures["step"] = rate(lambda: learner.step(on_device, 1, True), patches, args.steps, device)
+    assert learner.renderer is not None
+    rendered = learner.renderer(on_device.instances, batch.draws)
+    figures["bare"] = rate(lambda: bare_step(learner, rendered, on_device), patches, args.steps, device)
+    loop(learner, batches, max(args.steps // 3, 2), device)
+    whole = max(args.steps // stream.steps_per_epoch, 1) * stream.steps_per_epoch
+    figures["loop"] = whole * patches / loop(learner, batches, whole, device)
+    return figures
+
+
+def bare_step(learner: Learner, rendered: torch.Tensor, bags: Bags) -> None:
+    with learner.precision.autocast():
+        logits, _ = learner.model(rendered, bags.sizes)
+    learner.scaler.scale(learner.task.loss(logits.float(), bags.target)).backward()
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+
+
+def main() -> None:
+    gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=14 if gpu else 1)
+    parser.add_argument("--bags", type=int, default=8 if gpu else 2)
+    parser.add_argument("--patches", type=int, default=128 if gpu else 8)
+    parser.add_argument("--slides", type=int, default=160 if gpu else 8)
+    parser.add_argument("--stored", type=int, default=256 if gpu else 64)
+    parser.add_argument("--crop", type=int, default=224 if gpu else 56)
+    parser.add_argument("--steps", type=int, default=60 if gpu else 3)
+    parser.add_argument("--encoder", default="r18")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        kilobytes = write_store(folder / "high.lmdb", args.slides, 300 if gpu else 20, args.stored)
+        write_store(folder / "low.lmdb", args.slides, 80 if gpu else 10, args.stored)
+        figures = measure(args, folder)
+    place = torch.cuda.get_device_name() if gpu else "CPU"
+    what = f"{args.encoder}, {args.bags} x {args.patches} patches, {kilobytes:.1f} kB JPEGs"
+    print(f"{what}, {args.workers} workers, {place}")
+    for name, value in figures.items():
+        print(f"{name:8} {value:9.0f} patches/s   {value / figures['bare']:.2f} of bare")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
