@@ -28,6 +28,7 @@ from utils.errors import UserError
 
 if TYPE_CHECKING:
     from datasets.features import FeatureFolder
+    from datasets.positions import Grid
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Bags:
         draws: (P, 8) views of training patches, on the CPU (see datasets.views); None: whole patches.
         keep: (P,) bool in host memory, False for duplicates that only the encoder sees; None: all take part.
         last: in evaluation, whether this part completes its bag.
+        pos: (P, 2) columns and rows of the patch grid, for heads that use them; None: not asked for.
     """
 
     instances: Tensor
@@ -51,13 +53,15 @@ class Bags:
     draws: Tensor | None = None
     keep: Tensor | None = None
     last: bool = True
+    pos: Tensor | None = None
 
     def to(self, device: torch.device) -> Bags:
-        """A copy with instances and targets on ``device``; draws and keep stay in host memory, where they are read."""
+        """A copy with what the model takes on ``device``; draws and keep stay in host memory, where they are read."""
         return dataclasses.replace(
             self,
             instances=self.instances.to(device, non_blocking=True),
             target={k: v.to(device, non_blocking=True) for k, v in self.target.items()},
+            pos=None if self.pos is None else self.pos.to(device, non_blocking=True),
         )
 
     def pin_memory(self) -> Bags:
@@ -67,11 +71,17 @@ class Bags:
             instances=self.instances.pin_memory(),
             target={k: v.pin_memory() for k, v in self.target.items()},
             draws=None if self.draws is None else self.draws.pin_memory(),
+            pos=None if self.pos is None else self.pos.pin_memory(),
         )
 
 
 class Source(Protocol):
     """Where the instances of a bag come from."""
+
+    @property
+    def grid(self) -> Grid | None:
+        """Positions of the instances; None where no head asks for them."""
+        ...
 
     def count(self, slide: str) -> int:
         """Instances of one slide."""
@@ -88,6 +98,7 @@ class PixelSource:
 
     store: PatchStore
     order: str = "rgb"
+    grid: Grid | None = None
 
     def count(self, slide: str) -> int:
         return self.store.counts[slide]
@@ -114,17 +125,18 @@ class PixelSource:
 
 @dataclass(frozen=True)
 class FeatureSource:
-    """Pre-extracted features, (n, D) float32."""
+    """Pre-extracted features, (n, D) in the precision of the files."""
 
     folder: FeatureFolder
+    grid: Grid | None = None
 
     def count(self, slide: str) -> int:
         return self.folder.counts[slide]
 
     def load(self, slide: str, picks: np.ndarray) -> Tensor:
-        features = torch.as_tensor(self.folder.read(slide))
+        features = self.folder.read(slide)
         whole = len(picks) == len(features) and bool((picks == np.arange(len(features))).all())
-        return (features if whole else features[torch.from_numpy(picks)]).float()
+        return features if whole else features[torch.from_numpy(picks)]
 
 
 def bag_size(source: Source, slides: Sequence[str]) -> int:
@@ -145,6 +157,17 @@ def load_instances(source: Source, slides: Sequence[str], picks: np.ndarray) -> 
     return torch.cat(parts)[torch.from_numpy(back)]
 
 
+def load_positions(source: Source, slides: Sequence[str], picks: np.ndarray) -> Tensor | None:
+    """(n, 2) grid positions of the instances ``picks`` of a bag; slides of one bag lie side by side."""
+    if source.grid is None:
+        return None
+    cells, left = [], 0
+    for slide in slides:
+        cells.append(source.grid.cells(slide) + (left, 0))
+        left += source.grid.columns(slide)
+    return torch.from_numpy(np.concatenate(cells)[picks])
+
+
 @dataclass(frozen=True)
 class SamplingPlan:
     """How many instances a training bag takes from each magnification.
@@ -154,12 +177,14 @@ class SamplingPlan:
         low_ratio: with two magnifications, floor(total / low_ratio) come from the low one, the rest from the high one.
         pad: extend a magnification that is too short with random duplicates.
         duplicates_in_head: whether those duplicates reach the MIL head or only the encoder.
+        shuffle: a random order also where all instances are taken.
     """
 
     total: int
     low_ratio: float = 2.0
     pad: bool = False
     duplicates_in_head: bool = True
+    shuffle: bool = False
 
     def wanted(self, scales: int) -> list[int | None]:
         """Instances per magnification, low first; None takes all."""
@@ -213,12 +238,14 @@ class TrainBags(Dataset[Bags]):
         epoch, position = key
         sample = self.samples[position]
         rng = np.random.default_rng([self.seed, epoch, position])
-        parts, keep = [], []
+        parts, keep, pos = [], [], []
         for source, wanted in zip(self.sources, self.plan.wanted(len(self.sources)), strict=True):
-            picks, fresh = pick(bag_size(source, sample.slides), wanted, self.plan.pad, rng)
+            count = bag_size(source, sample.slides)
+            picks, fresh = pick(count, count if wanted is None and self.plan.shuffle else wanted, self.plan.pad, rng)
             parts.append(load_instances(source, sample.slides, picks))
+            pos.append(load_positions(source, sample.slides, picks))
             keep.append(torch.arange(len(picks)) < fresh)
-        instances = torch.cat(parts)
+        instances = join(parts)
         kept = torch.cat(keep)
         return Bags(
             instances=instances,
@@ -227,6 +254,7 @@ class TrainBags(Dataset[Bags]):
             target=as_target(sample.target),
             draws=None if self.views is None else torch.from_numpy(self.views.draw(len(instances), rng)),
             keep=None if self.plan.duplicates_in_head or bool(kept.all()) else kept,
+            pos=join([p for p in pos if p is not None]) if pos[0] is not None else None,
         )
 
 
@@ -247,13 +275,14 @@ class EvalParts(Dataset[Bags]):
 
     def __getitem__(self, i: int) -> Bags:
         position, begin, end, size = self.parts[i]
-        sample = self.samples[position]
+        sample, picks = self.samples[position], np.arange(begin, end)
         return Bags(
-            instances=load_instances(self.source, sample.slides, np.arange(begin, end)),
+            instances=load_instances(self.source, sample.slides, picks),
             sizes=[end - begin],
             index=[position],
             target=as_target(sample.target),
             last=end == size,
+            pos=load_positions(self.source, sample.slides, picks),
         )
 
 
@@ -274,11 +303,17 @@ def collate(items: Sequence[Bags], crop_groups: int = 0) -> Bags:
     if any(b.keep is not None for b in items):
         keep = torch.cat([b.keep if b.keep is not None else torch.ones(sum(b.sizes), dtype=torch.bool) for b in items])
     return Bags(
-        instances=torch.cat([b.instances for b in items]),
+        instances=join([b.instances for b in items]),
         sizes=[n for b in items for n in b.sizes],
         index=[i for b in items for i in b.index],
         target={k: torch.cat([b.target[k] for b in items]) for k in items[0].target},
         draws=None if draws is None else share_per_chunk(draws, crop_groups),
         keep=keep,
         last=items[-1].last,
+        pos=join([b.pos for b in items if b.pos is not None]) if items[0].pos is not None else None,
     )
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` one behind another; a single one is passed on without a copy, as bags may be large."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

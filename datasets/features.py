@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from utils.errors import UserError, did_you_mean
+from utils.errors import Faults, UserError, did_you_mean
 
 FEATURE_NAMES = ("features", "feats", "feature")
 COORD_NAMES = ("coords", "coordinates")
+H5_SUFFIXES = (".h5", ".hdf5")
 PLACES = (("pt_files", ".pt"), ("h5_files", ".h5"), (".", ".pt"), (".", ".h5"))
 """Folders that are looked into, in this order, and the extension expected there."""
 
@@ -53,7 +55,7 @@ def read_features(path: str | Path) -> Features:
     if not path.is_file():
         known = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such feature file.{did_you_mean(path.name, known)}")
-    values, coords = _read_h5(path) if path.suffix in (".h5", ".hdf5") else _read_pt(path)
+    values, coords = _read_h5(path) if path.suffix in H5_SUFFIXES else _read_pt(path)
     if values.ndim == 3 and values.shape[0] == 1:
         values = values[0]
     if values.ndim != 2 or not values.is_floating_point():
@@ -63,6 +65,33 @@ def read_features(path: str | Path) -> Features:
         if len(coords) != len(values):
             raise UserError(f"{path}: has {len(values)} features and {len(coords)} coordinates.")
     return Features(values, coords)
+
+
+def read_coords(path: str | Path) -> NDArray[np.int64] | None:
+    """The level-0 px corners (N, 2) in a ``.h5`` or ``.pt`` file; None when it holds none.
+
+    Raises:
+        UserError: no such file, or a damaged one.
+    """
+    path = Path(path)
+    if path.suffix not in H5_SUFFIXES:
+        return read_features(path).coords
+    try:
+        with h5py.File(path, "r") as file:
+            corners = next((file[n][()] for n in COORD_NAMES if n in file), None)
+    except (OSError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: is not a readable HDF5 file of coordinates: {error}") from error
+    return None if corners is None else np.asarray(corners, dtype=np.int64).reshape(-1, corners.shape[-1])[:, :2]
+
+
+def free_memory() -> int | None:
+    """Bytes of RAM that can be had without swapping; None where the system does not say."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
 
 
 def _read_h5(path: Path) -> tuple[torch.Tensor, NDArray[np.int64] | None]:
@@ -129,6 +158,7 @@ class FeatureFolder:
         self._files = {file.stem: file for file in files}
         self.slides = list(self._files)
         self.counts: Mapping[str, int] = _Counts(self)
+        self._kept: dict[str, torch.Tensor] = {}
 
     def __repr__(self) -> str:
         return f"FeatureFolder({str(self.path)!r}: {len(self.slides)} slides)"
@@ -143,7 +173,47 @@ class FeatureFolder:
 
     def read(self, slide: str) -> torch.Tensor:
         """(N, D) features; for ``.pt`` files mapped into memory."""
-        return read_features(self.file(slide)).values
+        return self._kept[slide] if slide in self._kept else read_features(self.file(slide)).values
+
+    def keep_in_memory(self, slides: Iterable[str], processes: int = 1) -> int:
+        """Reads the features of ``slides`` into RAM, from where later reads take them.
+
+        Forked reading processes share them. Processes that torchrun started have copies of their own.
+
+        Args:
+            slides: names.
+            processes: processes of this machine that do the same.
+
+        Returns:
+            Bytes that the features take in this process.
+
+        Raises:
+            UserError: when they do not fit into the free memory.
+        """
+        wanted = [slide for slide in dict.fromkeys(slides) if slide not in self._kept]
+        needed, free = sum(self.file(s).stat().st_size for s in wanted) * processes, free_memory()
+        if free is not None and needed > free:
+            raise UserError(
+                f"{self.path}: the features of {len(wanted)} slides take {needed / 2**30:.1f} GiB of RAM in "
+                f"{processes} process(es), and {free / 2**30:.1f} GiB are free. Leave --persistence out: .pt files "
+                "are mapped into memory, and what fits stays there."
+            )
+        self._kept |= {slide: read_features(self.file(slide)).values.clone() for slide in wanted}
+        return sum(v.nbytes for v in self._kept.values())
+
+    def check(self, slides: Iterable[str], faults: Faults) -> None:
+        """Notes every slide whose file is damaged, holds no instances, or features of another width."""
+        width = self.width
+        for slide in dict.fromkeys(slides):
+            try:
+                count, other = _shape(self.file(slide))
+            except UserError as error:
+                faults.add(str(error))
+                continue
+            if count == 0:
+                faults.add(f"{self.file(slide)}: holds no instance. Take slide {slide!r} out of the labels.")
+            elif other != width:
+                faults.add(f"{self.file(slide)}: features have width {other}, those of {self.slides[0]!r} {width}.")
 
     def coords(self, slide: str) -> NDArray[np.int64] | None:
         """(N, 2) level-0 px corners: from the file, else from ``h5_files/`` or ``patches/`` beside it; None
@@ -152,11 +222,13 @@ class FeatureFolder:
         Raises:
             UserError: unknown slide, or a damaged file.
         """
-        found = read_features(self.file(slide)).coords
-        beside = self.path / "h5_files" / f"{slide}.h5"
-        if found is None and beside.is_file() and beside != self.file(slide):
-            found = read_features(beside).coords
-        return found
+        own = self.file(slide)
+        beside = [self.path / place / f"{slide}.h5" for place in ("h5_files", "patches")]
+        for file in (own, *(b for b in beside if b != own and b.is_file())):
+            found = read_coords(file)
+            if found is not None:
+                return found
+        return None
 
     @property
     def width(self) -> int:
@@ -198,7 +270,7 @@ class _Counts(Mapping[str, int]):
 
 def _shape(path: Path) -> tuple[int, int]:
     """(N, D) without reading the values where the format allows it."""
-    if path.suffix in (".h5", ".hdf5"):
+    if path.suffix in H5_SUFFIXES:
         try:
             with h5py.File(path, "r") as file:
                 name = next((n for n in FEATURE_NAMES if n in file), None)

@@ -54,6 +54,7 @@ def predict(
     """
     model.eval()
     features: list[Tensor] = []
+    positions: list[Tensor] = []
     index: list[int] = []
     logits: list[Tensor] = []
     targets: list[dict[str, Tensor]] = []
@@ -62,14 +63,17 @@ def predict(
         with precision.autocast():
             inputs = bags.instances if renderer is None else renderer(bags.instances)
             features.append(model.encode(inputs))
+            positions += [] if bags.pos is None else [bags.pos]
             if not bags.last:
                 continue
             whole = torch.cat(features)
-            bag_logits, _ = model.aggregate(whole, [len(whole)])
+            pos = torch.cat(positions) if positions else None
+            bag_logits, _ = model.aggregate(whole, [len(whole)], pos=pos)
         logits.append(bag_logits.float())
         index += bags.index
         targets.append(host_bags.target)
         features.clear()
+        positions.clear()
     names = targets[0] if targets else {}
     own = Predictions(
         torch.tensor(index, dtype=torch.int64),

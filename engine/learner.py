@@ -117,7 +117,8 @@ class Learner:
         inputs = bags.instances if self.renderer is None else self.renderer(bags.instances, bags.draws)
         criterion: Callable[[Tensor, Tensor], Tensor] = self.task.criterion
         with self.precision.autocast():
-            logits, aux = self.wrapped(inputs, bags.sizes, bags.keep, self.task.labels(bags.target), criterion)
+            labels = self.task.labels(bags.target)
+            logits, aux = self.wrapped(inputs, bags.sizes, bags.keep, labels, criterion, bags.pos)
         main_weight, aux_weight = self.loss_weights
         loss = main_weight * self.task.loss(logits.float(), bags.target)
         return loss if aux is None else loss + aux_weight * aux.float()

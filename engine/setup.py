@@ -3,50 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 
-from datasets.bags import FeatureSource, PixelSource, SamplingPlan, Source
+from datasets.bags import SamplingPlan
 from datasets.label_options import LabelOptions
 from datasets.labels import Cohort, Fold, load_cohort
-from datasets.store import PatchStore
 from datasets.views import Renderer, ViewPlan
 from engine.learner import Precision
+from engine.sources import Sources, check_features, check_positions, keep_in_memory, open_sources
 from engine.tasks import ClassificationTask, SurvivalTask, Task, selection_metric
 from modules.encoders import build_encoder, load_encoder_weights
 from modules.heads import build_mil
 from modules.model import SlideModel
 from modules.names import parse_model_name
 from modules.registry import UnknownNameError
-from utils.config import Config, DataConfig
-from utils.errors import Faults, UserError
+from utils.config import Config, DataConfig, ModelConfig
+from utils.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where instances come from.
-
-    Attributes:
-        train: one source, or (low, high) magnification.
-        test: the high magnification for validation and test.
-        stored_px: size of the training patches; None for features.
-        width: width of a feature; None for pixels.
-        slides: names that every training source and the test source hold, with their instance counts.
-        fingerprints: short ids of the stores, for the records.
-    """
-
-    train: tuple[Source, ...]
-    test: Source
-    stored_px: int | None
-    width: int | None
-    slides: Mapping[str, int]
-    fingerprints: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -86,113 +64,37 @@ def prepare(config: Config) -> Setup:
             f"--image_input: patches need an encoder, and the model name {config.model.model!r} names none. "
             f"Give --model=e2e_r18_{mil}, or leave image_input out to train on features."
         )
-    sources = open_sources(data, pixels=encoder is not None)
+    positions = uses_positions(mil, config.model)
+    sources = open_sources(data, encoder is not None, positions)
     cohort = load_cohort(LabelOptions.from_config(data, config.model, config.train), sources.slides)
     _check_outputs(config, cohort)
+    if encoder is None:
+        check_features(sources, cohort)
+    if positions:
+        check_positions(sources, cohort)
+    if data.persistence:
+        keep_in_memory(sources, cohort)
     views = None
     if sources.stored_px is not None:
         views = ViewPlan(data.img_transform, data.crop_scale, sources.stored_px, data.crop_size)
-    plan = SamplingPlan(data.same_psize, data.mul_scale_ratio, data.pad_enc_bs, data.all_patch_train)
-    return Setup(config, encoder, mil, sources, cohort, plan, views)
+    return Setup(config, encoder, mil, sources, cohort, sampling_plan(data), views)
 
 
-def open_sources(data: DataConfig, pixels: bool) -> Sources:
-    """Opens the stores or feature folders that the options name.
-
-    Raises:
-        UserError: for missing paths, sizes that do not fit each other, and slides that one magnification lacks.
-    """
-    faults = Faults("data")
-    if not data.dataset_root:
-        faults.add(
-            "dataset_root is not set: give --dataset_root, the store (or feature folder) of the high magnification"
-        )
-    if data.mul_scale_input and not data.dataset_sub_root:
-        faults.add("mul_scale_input needs --dataset_sub_root, the store of the low magnification")
-    if data.mul_scale_ratio < 1:
-        faults.add(
-            f"mul_scale_ratio is {data.mul_scale_ratio:g}: the low-magnification share is 1 / ratio, so at least 1"
-        )
-    if data.dataset_sub_root and not data.mul_scale_input:
-        log.info("dataset_sub_root is given but not read: bags have one magnification without --mul_scale_input.")
-    faults.raise_if_any()
-    return _pixel_sources(data) if pixels else _feature_sources(data)
-
-
-def _pixel_sources(data: DataConfig) -> Sources:
-    train_roots, test_root = _roots(data)
-    stores = {root: _open_store(root) for root in dict.fromkeys([*train_roots, test_root])}
-    return Sources(
-        train=tuple(PixelSource(stores[root], data.channel_order) for root in train_roots),
-        test=PixelSource(stores[test_root], data.channel_order),
-        stored_px=_common_size(data, {root: stores[root] for root in train_roots}),
-        width=None,
-        slides=_in_all({root: store.counts for root, store in stores.items()}, test_root),
-        fingerprints={root: store.fingerprint for root, store in stores.items()},
+def sampling_plan(data: DataConfig) -> SamplingPlan:
+    """How many instances a training bag takes, and what becomes of short ones."""
+    random = data.same_psize_pad_type == "random"
+    return SamplingPlan(
+        total=data.same_psize,
+        low_ratio=data.mul_scale_ratio,
+        pad=data.pad_enc_bs or random,
+        duplicates_in_head=data.all_patch_train or random,
+        shuffle=data.patch_shuffle,
     )
 
 
-def _feature_sources(data: DataConfig) -> Sources:
-    from datasets.features import FeatureFolder  # h5py is needed for features only
-
-    train_roots, test_root = _roots(data)
-    folders = {root: FeatureFolder(root) for root in dict.fromkeys([*train_roots, test_root])}
-    widths = {root: folder.width for root, folder in folders.items()}
-    if len(set(widths.values())) > 1:
-        listing = ", ".join(f"{root}: {width}" for root, width in widths.items())
-        raise UserError(f"the feature folders differ in width ({listing}). Extract all with one encoder.")
-    return Sources(
-        train=tuple(FeatureSource(folders[root]) for root in train_roots),
-        test=FeatureSource(folders[test_root]),
-        stored_px=None,
-        width=widths[test_root],
-        slides=_in_all({root: folder.counts for root, folder in folders.items()}, test_root),
-        fingerprints={root: folder.fingerprint for root, folder in folders.items()},
-    )
-
-
-def _roots(data: DataConfig) -> tuple[list[str], str]:
-    """Paths of the training sources, low magnification first, and of the test source."""
-    high = str(data.dataset_root)
-    low = [str(data.dataset_sub_root)] if data.mul_scale_input else []
-    return [*low, high], data.dataset_test_root or high
-
-
-def _in_all(counts: Mapping[str, Mapping[str, int]], test_root: str) -> Mapping[str, int]:
-    """Slides that every source holds, with their instances in the test source; logs which ones are left out."""
-    names = [set(held) for held in counts.values()]
-    common = set.intersection(*names)
-    lacking = sorted(set.union(*names) - common)
-    if not lacking:
-        return counts[test_root]
-    log.info("%d slides are not in every store and count as missing, such as %s.", len(lacking), ", ".join(lacking[:3]))
-    return {slide: n for slide, n in counts[test_root].items() if slide in common}
-
-
-def _open_store(root: str) -> PatchStore:
-    if not Path(root).exists():
-        raise UserError(f"there is no store {root}. Write one with CLAM/save_patches.py, or correct the path.")
-    return PatchStore(root)
-
-
-def _common_size(data: DataConfig, stores: dict[str, PatchStore]) -> int:
-    """The stored size in px of the training stores; they must agree with each other and with ``img_size``."""
-    sizes = {root: store.image_size_px for root, store in stores.items()}
-    listing = ", ".join(f"{root}: {px} px" for root, px in sizes.items())
-    if len(set(sizes.values())) > 1:
-        raise UserError(
-            f"the two magnifications hold patches of different size ({listing}). Write both with one --img_size "
-            "of CLAM/save_patches.py."
-        )
-    size = next(iter(sizes.values()))
-    if data.img_size is not None and data.img_size != size:
-        raise UserError(
-            f"img_size is {data.img_size}, but the training store holds {size} px patches ({listing}). Give the "
-            f"store that holds {data.img_size} px as --dataset_root, or --img_size={size}. (The published program "
-            "replaced 224 by 256 inside the path; here --dataset_root is the training store as it is, and "
-            "--dataset_test_root may name a separate one for evaluation.)"
-        )
-    return size
+def uses_positions(mil: str, options: ModelConfig) -> bool:
+    """Whether the head takes the grid positions of its instances."""
+    return mil == "2dmamba" or (options.pos == "sincos" and mil in ("vitmil", "gigap"))
 
 
 def _check_outputs(config: Config, cohort: Cohort) -> None:

@@ -52,6 +52,7 @@ class SlideModel(nn.Module):
         keep: Tensor | None = None,
         target: Tensor | None = None,
         criterion: Criterion | None = None,
+        pos: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Scores a batch of bags.
 
@@ -61,16 +62,17 @@ class SlideModel(nn.Module):
             keep: (P,) bool in host memory; False leaves an encoded instance out of the MIL head.
             target: (B,) labels, for heads with an auxiliary loss.
             criterion: loss of (B, K) logits against (B,) labels, for the same.
+            pos: (P, 2) columns and rows of the patch grid, for heads that use them.
 
         Returns:
             Logits (B, K), and the auxiliary loss or None.
         """
-        return self.aggregate(self.encode(instances), sizes, keep, target, criterion)
+        return self.aggregate(self.encode(instances), sizes, keep, target, criterion, pos)
 
     def encode(self, instances: Tensor) -> Tensor:
-        """Features (P, D) of the instances, ``chunk`` patches per encoder call."""
+        """Features (P, D) of the instances, ``chunk`` patches per encoder call; features become float32."""
         if self.encoder is None:
-            return instances
+            return instances.float()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             if len(instances) <= self.chunk:
                 return self.encoder(instances)
@@ -83,20 +85,24 @@ class SlideModel(nn.Module):
         keep: Tensor | None = None,
         target: Tensor | None = None,
         criterion: Criterion | None = None,
+        pos: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Logits of bags whose features (P, D) are given; arguments as in ``forward``."""
         if keep is not None:
             sizes = [int(k.sum()) for k in keep.split(list(sizes))]
-            features = features[keep.nonzero().squeeze(1).to(features.device, non_blocking=True)]
+            kept = keep.nonzero().squeeze(1).to(features.device, non_blocking=True)
+            features, pos = features[kept], None if pos is None else pos[kept]
         x, mask = pad(features, sizes)
         if target is not None and criterion is not None and hasattr(self.mil, "forward_with_aux"):
             with_aux: Callable[..., tuple[Tensor, Tensor]] = self.mil.forward_with_aux  # type: ignore[assignment]
             return with_aux(x, mask, target, criterion)
+        if pos is not None:
+            return self.mil(x, mask, pos=pad(pos, sizes)[0]), None
         return self.mil(x, mask), None
 
 
 def pad(features: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-    """Splits (P, D) features into bags: (B, N, D) and a mask (B, N), or no mask when all bags are equally long."""
+    """Splits (P, D) features, or positions, into bags: (B, N, D) and a mask (B, N); no mask for bags of one length."""
     longest = max(sizes)
     if min(sizes) == longest:
         return features.view(len(sizes), longest, -1), None

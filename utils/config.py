@@ -66,6 +66,24 @@ class DataConfig:
     mul_scale_input: bool = option(False, "training bags from two magnifications")
     mul_scale_ratio: float = option(2.0, "low-magnification share of a bag is 1 / ratio")
     same_psize: int = option(0, "patches (or features) per training bag; 0: all")
+    same_psize_pad_type: str = option(
+        "zero",
+        "features: what becomes of bags shorter than same_psize; random: random duplicates fill them up; zero, none: "
+        "they stay short, and what fills up a batch is masked",
+        ("zero", "random", "none"),
+    )
+    patch_shuffle: bool = option(
+        False, "features: another random order of the instances every epoch also where all are taken"
+    )
+    persistence: bool = option(
+        False, "features: keep all of them in RAM, shared by the reading processes; default: memory-mapped files"
+    )
+    h5_path: str | None = option(
+        None,
+        "folder of <slide>.h5 with the coords of the patches, for heads that use positions; default: those in the "
+        "store, in the feature files or in h5_files/ and patches/ beside them",
+    )
+    h5_sub_path: str | None = option(None, "the same for the low magnification")
     pad_enc_bs: bool = option(False, "extend short training bags to same_psize with random duplicates")
     all_patch_train: bool = option(False, "the duplicates of pad_enc_bs take part in the MIL head too")
     img_transform: str = option("none", "training augmentation", ("none", "weak", "weak_strong", "strong", "strong_v2"))

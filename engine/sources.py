@@ -1,0 +1,240 @@
+"""From paths to sources of instances: stores or feature folders that fit each other, with positions where asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets.bags import FeatureSource, PixelSource, Source
+from datasets.label_types import Cohort
+from datasets.positions import CoordinateFolder, Coordinates, Grid
+from datasets.store import PatchStore
+from utils.config import DataConfig
+from utils.errors import Faults, UserError
+from utils.log import duration
+
+log = logging.getLogger(__name__)
+
+FEATURES_ONLY = {
+    "persistence": "patches are read from the store, whose pages stay in memory where they fit",
+    "patch_shuffle": "the order of patches is that of the sampling",
+    "same_psize_pad_type": "give --pad_enc_bs, and --all_patch_train to let duplicates reach the MIL head",
+}
+"""Options that only features know -> what holds for patches."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where instances come from.
+
+    Attributes:
+        train: one source, or (low, high) magnification.
+        test: the high magnification for validation and test.
+        stored_px: size of the training patches; None for features.
+        width: width of a feature; None for pixels.
+        slides: names that every training source and the test source hold, with their instance counts.
+        fingerprints: short ids of the stores, for the records.
+    """
+
+    train: tuple[Source, ...]
+    test: Source
+    stored_px: int | None
+    width: int | None
+    slides: Mapping[str, int]
+    fingerprints: dict[str, str]
+
+
+def open_sources(data: DataConfig, pixels: bool, positions: bool = False) -> Sources:
+    """Opens the stores or feature folders that the options name.
+
+    Args:
+        data: paths and options.
+        pixels: stores of patches; otherwise features.
+        positions: bags carry the grid positions of their instances.
+
+    Raises:
+        UserError: for missing paths, sizes that do not fit each other, and slides that one magnification lacks.
+    """
+    faults = Faults("data")
+    if not data.dataset_root:
+        faults.add(
+            "dataset_root is not set: give --dataset_root, the store (or feature folder) of the high magnification"
+        )
+    if data.mul_scale_input and not data.dataset_sub_root:
+        faults.add("mul_scale_input needs --dataset_sub_root, the store of the low magnification")
+    if data.mul_scale_ratio < 1:
+        faults.add(
+            f"mul_scale_ratio is {data.mul_scale_ratio:g}: the low-magnification share is 1 / ratio, so at least 1"
+        )
+    for name, remedy in FEATURES_ONLY.items() if pixels else ():
+        if getattr(data, name) != getattr(DataConfig(), name):
+            faults.add(f"{name} is for features, and this model takes patches: {remedy}. Remove --{name}")
+    if data.dataset_sub_root and not data.mul_scale_input:
+        log.info("dataset_sub_root is given but not read: bags have one magnification without --mul_scale_input.")
+    faults.raise_if_any()
+    sources = _pixel_sources(data) if pixels else _feature_sources(data)
+    if positions:
+        return _with_positions(sources, data)
+    if data.h5_path or data.h5_sub_path:
+        log.info("h5_path is given but not read: this MIL head uses no positions.")
+    return sources
+
+
+def check_features(sources: Sources, cohort: Cohort) -> None:
+    """Looks at the feature file of every slide of the cohort.
+
+    Raises:
+        UserError: listing the files that are damaged, empty or of another width.
+    """
+    faults = Faults("features")
+    folders = {id(s.folder): s.folder for s in (*sources.train, sources.test) if isinstance(s, FeatureSource)}
+    for folder in folders.values():
+        folder.check(_slides(cohort), faults)
+    faults.raise_if_any()
+
+
+def check_positions(sources: Sources, cohort: Cohort) -> None:
+    """Looks at the coordinates of every slide of the cohort.
+
+    Raises:
+        UserError: listing the slides without coordinates, or with another number of them than of instances.
+    """
+    faults = Faults("positions, which this MIL head needs")
+    for source in (*sources.train, sources.test):
+        grid = source.grid
+        if grid is None:
+            continue
+        for slide in _slides(cohort):
+            try:
+                cells = grid.cells(slide)
+            except UserError as error:
+                faults.add(str(error))
+                continue
+            if len(cells) != source.count(slide):
+                faults.add(
+                    f"slide {slide!r} has {source.count(slide)} instances and {len(cells)} coordinates. Give the "
+                    "coordinate files that the instances were made from"
+                )
+    faults.raise_if_any()
+
+
+def keep_in_memory(sources: Sources, cohort: Cohort) -> None:
+    """Reads the features of the cohort into RAM; raises UserError where they do not fit."""
+    begin, size = time.perf_counter(), 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    folders = {id(s.folder): s.folder for s in (*sources.train, sources.test) if isinstance(s, FeatureSource)}
+    for folder in folders.values():
+        size += folder.keep_in_memory(_slides(cohort), processes)
+    log.info("features in RAM: %.2f GiB, read in %s.", size / 2**30, duration(time.perf_counter() - begin))
+
+
+def _slides(cohort: Cohort) -> Iterable[str]:
+    samples = (s for fold in cohort.folds for split in fold.splits().values() for s in split)
+    return dict.fromkeys(slide for sample in samples for slide in sample.slides)
+
+
+def _with_positions(sources: Sources, data: DataConfig) -> Sources:
+    """The same sources with grids whose cell is one step of the high magnification."""
+    high = _coordinates(sources.train[-1], data.h5_path)
+    owners = [high] if len(sources.train) == 1 else [_coordinates(sources.train[0], data.h5_sub_path), high]
+    tested = _coordinates(sources.test, data.h5_path)
+    return dataclasses.replace(
+        sources,
+        train=tuple(_on(source, Grid(own, high)) for source, own in zip(sources.train, owners, strict=True)),
+        test=_on(sources.test, Grid(tested, tested)),
+    )
+
+
+def _coordinates(source: Source, folder: str | None) -> Coordinates:
+    if folder:
+        return CoordinateFolder(folder)
+    if isinstance(source, PixelSource):
+        return source.store
+    assert isinstance(source, FeatureSource)
+    return source.folder
+
+
+def _on(source: Source, grid: Grid) -> Source:
+    assert isinstance(source, (PixelSource, FeatureSource))
+    return dataclasses.replace(source, grid=grid)
+
+
+def _pixel_sources(data: DataConfig) -> Sources:
+    train_roots, test_root = _roots(data)
+    stores = {root: _open_store(root) for root in dict.fromkeys([*train_roots, test_root])}
+    return Sources(
+        train=tuple(PixelSource(stores[root], data.channel_order) for root in train_roots),
+        test=PixelSource(stores[test_root], data.channel_order),
+        stored_px=_common_size(data, {root: stores[root] for root in train_roots}),
+        width=None,
+        slides=_in_all({root: store.counts for root, store in stores.items()}, test_root),
+        fingerprints={root: store.fingerprint for root, store in stores.items()},
+    )
+
+
+def _feature_sources(data: DataConfig) -> Sources:
+    from datasets.features import FeatureFolder  # h5py is needed for features only
+
+    train_roots, test_root = _roots(data)
+    folders = {root: FeatureFolder(root) for root in dict.fromkeys([*train_roots, test_root])}
+    widths = {root: folder.width for root, folder in folders.items()}
+    if len(set(widths.values())) > 1:
+        listing = ", ".join(f"{root}: {width}" for root, width in widths.items())
+        raise UserError(f"the feature folders differ in width ({listing}). Extract all with one encoder.")
+    return Sources(
+        train=tuple(FeatureSource(folders[root]) for root in train_roots),
+        test=FeatureSource(folders[test_root]),
+        stored_px=None,
+        width=widths[test_root],
+        slides=_in_all({root: folder.counts for root, folder in folders.items()}, test_root),
+        fingerprints={root: folder.fingerprint for root, folder in folders.items()},
+    )
+
+
+def _roots(data: DataConfig) -> tuple[list[str], str]:
+    """Paths of the training sources, low magnification first, and of the test source."""
+    high = str(data.dataset_root)
+    low = [str(data.dataset_sub_root)] if data.mul_scale_input else []
+    return [*low, high], data.dataset_test_root or high
+
+
+def _in_all(counts: Mapping[str, Mapping[str, int]], test_root: str) -> Mapping[str, int]:
+    """Slides that every source holds, with their instances in the test source; logs which ones are left out."""
+    names = [set(held) for held in counts.values()]
+    common = set.intersection(*names)
+    lacking = sorted(set.union(*names) - common)
+    if not lacking:
+        return counts[test_root]
+    log.info("%d slides are not in every store and count as missing, such as %s.", len(lacking), ", ".join(lacking[:3]))
+    return {slide: n for slide, n in counts[test_root].items() if slide in common}
+
+
+def _open_store(root: str) -> PatchStore:
+    if not Path(root).exists():
+        raise UserError(f"there is no store {root}. Write one with CLAM/save_patches.py, or correct the path.")
+    return PatchStore(root)
+
+
+def _common_size(data: DataConfig, stores: dict[str, PatchStore]) -> int:
+    """The stored size in px of the training stores; they must agree with each other and with ``img_size``."""
+    sizes = {root: store.image_size_px for root, store in stores.items()}
+    listing = ", ".join(f"{root}: {px} px" for root, px in sizes.items())
+    if len(set(sizes.values())) > 1:
+        raise UserError(
+            f"the two magnifications hold patches of different size ({listing}). Write both with one --img_size "
+            "of CLAM/save_patches.py."
+        )
+    size = next(iter(sizes.values()))
+    if data.img_size is not None and data.img_size != size:
+        raise UserError(
+            f"img_size is {data.img_size}, but the training store holds {size} px patches ({listing}). Give the "
+            f"store that holds {data.img_size} px as --dataset_root, or --img_size={size}. (The published program "
+            "replaced 224 by 256 inside the path; here --dataset_root is the training store as it is, and "
+            "--dataset_test_root may name a separate one for evaluation.)"
+        )
+    return size
