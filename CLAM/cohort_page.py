@@ -22,17 +22,21 @@ MOST_THUMBNAILS = 2000
 
 STYLE = """
 body{font:14px/1.45 system-ui,sans-serif;margin:24px;color:#1d2330;background:#f5f6f8}
-h1{font-size:20px;margin:0 0 4px} p{margin:4px 0 16px;color:#566}
+h1{font-size:20px;margin:0 0 4px}
+p{margin:4px 0 16px;color:#566}
 main{display:grid;grid-template-columns:repeat(auto-fill,minmax(260px,1fr));gap:14px}
-article{background:#fff;border:1px solid
-#dde1e7;border-radius:8px;overflow:hidden;display:flex;flex-direction:column}
-# article.bad{border-color:#c62f2f} article.odd{border-color:#d69a1e}
+article{background:#fff;border:1px solid #dde1e7;border-radius:8px;overflow:hidden}
+article.bad{border:2px solid #c62f2f}
+article.odd{border:2px solid #d69a1e}
 .pic{height:220px;background:#e9ecf0;display:flex;align-items:center;justify-content:center;color:#78808c}
 .pic img{max-width:100%;max-height:220px}
-.text{padding:10px 12px} h2{font-size:13px;margin:0 0 6px;overflow-wrap:anywhere}
-.flag{display:inline-block;border-radius:4px;padding:1px 7px;margin:0 4px 4px
-0;font-size:12px;background:#fbeccc} .flag.bad{background:#f7d3d3}
-dl{display:grid;grid-template-columns:auto 1fr;gap:1px 10px;margin:4px 0} dt{color:#6a7380} dd{margin:0}
+.text{padding:10px 12px}
+h2{font-size:13px;margin:0 0 6px;overflow-wrap:anywhere}
+.flag{display:inline-block;border-radius:4px;padding:1px 7px;margin:0 4px 4px 0;font-size:12px;background:#fbeccc}
+.flag.bad{background:#f7d3d3}
+dl{display:grid;grid-template-columns:auto 1fr;gap:1px 10px;margin:4px 0}
+dt{color:#6a7380}
+dd{margin:0}
 .why{color:#a02020;margin:6px 0 0}
 """
 

@@ -22,6 +22,9 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
+MOST_CORRUPT = 0.5
+"""Share of a level's blocks: with fewer damaged the rest is used and the slide reported, with more it fails."""
+
 COUNTED = ("patches", "contours", "tissue_fraction", "corrupt_blocks")
 """Facts of a finished slide that are read back from its h5."""
 
@@ -74,6 +77,11 @@ def _make(work: _Work, outcome: Outcome) -> None:
     scan = scan_level(slide, level, segment)
     shown = scan if params.vis_level == level else scan_level(slide, params.vis_level, False)
     slide.release()
+    if scan.corrupt_blocks > MOST_CORRUPT * scan.blocks:
+        raise UserError(
+            f"{scan.corrupt_blocks} of the {scan.blocks} blocks of level {scan.level} cannot be decoded; copy the file "
+            "again, or give another --seg_level"
+        )
     tissue = _tissue(work, scan)
     if job.steps.seg or not job.output("masks", ".jpg").is_file():
         _save_mask(job, params, shown, tissue)

@@ -25,6 +25,8 @@ ASPECT_TOLERANCE = 0.02
 crop."""
 
 MAX_MASK_PX = 400_000_000
+MAX_COORDINATE = 2**30
+"""Far beyond any slide, and exact in the contour tests."""
 
 
 def find_own_mask(folder: Path, name: str) -> Path:
@@ -117,8 +119,15 @@ def _polygons(value: Any) -> Iterator[list[Any]]:
 
 def _region(rings: list[Any]) -> Region:
     # GeoJSON repeats the first vertex at the end of a ring.
-    outline, *holes = (np.rint(np.asarray(ring, float)[:-1, :2]).astype(np.int32) for ring in rings)
+    outline, *holes = (_vertices(ring[:-1]) for ring in rings)
     return Region(outline, tuple(holes))
+
+
+def _vertices(ring: list[Any]) -> npt.NDArray[np.int32]:
+    points = np.rint(np.asarray(ring, float).reshape(len(ring), -1)[:, :2])
+    if not (np.abs(points) < MAX_COORDINATE).all():
+        raise ValueError(f"a coordinate is not a number below {MAX_COORDINATE}")
+    return points.astype(np.int32)
 
 
 def write_geojson(path: Path, regions: Sequence[Region]) -> None:

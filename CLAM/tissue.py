@@ -56,6 +56,7 @@ class Scan:
     overview: Pixels
     overview_scale: Scale
     corrupt_blocks: int = 0
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def scan_level(slide: Slide, level: int, want_saturation: bool = True) -> Scan:
     shrink = factor * overview_reduction((size[0] // factor, size[1] // factor))
     saturation = np.zeros((size[1] // factor, size[0] // factor) if want_saturation else (0, 0), np.uint8)
     overview = np.zeros((max(1, size[1] // shrink), max(1, size[0] // shrink), 3), np.uint8)
-    corrupt = 0
+    corrupt = blocks = 0
     for block in slide.blocks(level, shrink):
+        blocks += 1
         if block.pixels is None:
             corrupt += 1
             continue
@@ -112,7 +114,7 @@ def scan_level(slide: Slide, level: int, want_saturation: bool = True) -> Scan:
     # A reduced picture drops the last incomplete row and column: its scale is the factor, not the ratio of
     # sizes.
     scale = (x * factor, y * factor)
-    return Scan(level, scale, saturation, overview, (x * shrink, y * shrink), corrupt)
+    return Scan(level, scale, saturation, overview, (x * shrink, y * shrink), corrupt, blocks)
 
 
 def _shrunk(pixels: Pixels, factor: int) -> Pixels:

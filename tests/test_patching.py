@@ -309,6 +309,36 @@ def test_mask_images_of_any_scale(source, tmp_path):
     assert "holds no s2" in rows["s2.png"]["reason"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "not json",
+        "[1, 2]",
+        '{"type": "Polygon"}',
+        '{"type": "Polygon", "coordinates": [[[0, 0], [NaN, 9], [9, 9], [0, 0]]]}',
+        '{"type": "Polygon", "coordinates": [[[0, 0], [1e12, 9], [9, 9], [0, 0]]]}',
+        '{"type": "Polygon", "coordinates": []}',
+        '{"type": "FeatureCollection", "features": []}',
+    ],
+)
+def test_damaged_geojson_is_named(source, tmp_path, content):
+    masks = tmp_path / "masks_in"
+    masks.mkdir()
+    (masks / "s0.geojson").write_text(content)
+    assert run(source, tmp_path, "--masks", masks) == 1
+    row = table(tmp_path)["s0.png"]
+    assert row["status"] in ("failed", "failed_seg")
+    assert "s0.geojson" in row["reason"]
+
+
+def test_names_in_other_scripts_and_with_dots(source, tmp_path):
+    (source / "s0.png").rename(source / "Gewebe Ä.組織.v2.png")
+    assert run(source, tmp_path, "--stitch", "--geojson") == 0
+    assert coords(tmp_path, "Gewebe Ä.組織.v2")
+    for place in ("masks/{}.jpg", "stitches/{}.jpg", "geojson/{}.geojson"):
+        assert (tmp_path / place.format("Gewebe Ä.組織.v2")).is_file()
+
+
 def test_shards_cover_the_cohort_once(source, tmp_path):
     assert [run(source, tmp_path, "--shard", f"{i}/2") for i in range(2)] == [0, 0]
     names = [list(table(tmp_path, f"process_list_autogen_{i}of2.csv")) for i in range(2)]
