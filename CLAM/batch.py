@@ -32,27 +32,25 @@ def over_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) 
     waiting = list(range(len(jobs)))[::-1]
     while waiting:
         suspects: list[int] = []
-        yield from _until_broken(function, jobs, waiting, (min(workers, len(jobs)), suspects))
+        yield from _until_broken(function, jobs, waiting, suspects, min(workers, len(jobs)))
         # A dead process breaks its pool: each slide that was in work then gets a process of its own.
         for index in suspects:
             yield index, _alone(function, jobs[index])
 
 
 def _until_broken(
-    function: Callable[[J], R], jobs: Sequence[J], waiting: list[int], pool_state: tuple[int, list[int]]
+    function: Callable[[J], R], jobs: Sequence[J], waiting: list[int], suspects: list[int], workers: int
 ) -> Iterator[tuple[int, R | None]]:
-    workers, suspects = pool_state
+    """Takes jobs from the end of ``waiting`` until none is left or the pool breaks; then fills ``suspects``."""
     running: dict[Future[R], int] = {}
     with _pool(workers) as pool:
-        while waiting or running:
+        while (waiting and not suspects) or running:
             while waiting and len(running) < workers and not suspects:
                 index = waiting.pop()
                 try:
                     running[pool.submit(function, jobs[index])] = index
                 except BrokenProcessPool:
                     suspects.append(index)
-            if not running:
-                return
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 index = running.pop(future)

@@ -161,8 +161,10 @@ def run(args: argparse.Namespace) -> int:
         (args.save_dir / folder).mkdir(parents=True, exist_ok=True)
     shard = f"_{args.shard.replace('/', 'of')}" if args.shard else ""
     ledger = Ledger(args.save_dir / f"process_list_autogen{shard}.csv", rows)
-    _work(jobs, todo, ledger, args)
-    ledger.write()
+    try:
+        _work(jobs, todo, ledger, args)
+    finally:
+        ledger.write()
     page = write_cohort_page(args.save_dir, rows, f"cohort{shard}.html")
     return _report(todo, ledger.path, page)
 
@@ -184,7 +186,7 @@ def _work(jobs: Sequence[Job], todo: Sequence[Row], ledger: Ledger, args: argpar
 def _report(todo: Sequence[Row], list_path: Path, page: Path) -> int:
     """Says how it went; returns the exit status."""
     failed = [row for row in todo if row.todo]
-    patches = sum(int(row.facts.get("patches") or 0) for row in todo)
+    patches = sum(int(float(row.facts.get("patches") or 0)) for row in todo)
     log.info("%d slides, %d patches; look at %s", len(todo), patches, page)
     if failed:
         log.error("%d of %d slides failed or were not done; reasons in %s", len(failed), len(todo), list_path)
