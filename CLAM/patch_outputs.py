@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -61,6 +62,7 @@ class FolderOutput:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._in_work: set[Path] = set()
 
     def key(self, job: Job) -> int:
         """The size that a worker is asked for."""
@@ -76,9 +78,10 @@ class FolderOutput:
             return False
 
     def begin(self, job: Job) -> None:
-        for old in self.folder.glob(f".{job.name}.*.tmp"):
+        for old in self.folder.glob(f".{glob.escape(job.name)}.*.tmp"):
             shutil.rmtree(old, ignore_errors=True)
         self._work_folder(job).mkdir(parents=True)
+        self._in_work.add(self._work_folder(job))
 
     def add(self, job: Job, images: Images) -> None:
         for index, data in enumerate(images.jpegs[self.key(job)], images.start):
@@ -88,12 +91,15 @@ class FolderOutput:
         (self._work_folder(job) / ".fingerprint").write_text(info.fingerprint)
         shutil.rmtree(self.folder / job.name, ignore_errors=True)
         os.replace(self._work_folder(job), self.folder / job.name)
+        self._in_work.discard(self._work_folder(job))
 
     def discard(self, job: Job) -> None:
         shutil.rmtree(self._work_folder(job), ignore_errors=True)
+        self._in_work.discard(self._work_folder(job))
 
     def close(self) -> None:
-        return None
+        for folder in self._in_work:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 Output = StoreOutput | FolderOutput

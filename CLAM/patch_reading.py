@@ -79,9 +79,7 @@ class PatchReader:
         for strip in strips(coords_px / scale, side_px):
             yield from self._read_strip(coords_px[strip], level, side_px)
 
-    def _read_tiles(
-        self, coords_px: NDArray[np.int64], level: int, side_px: int
-    ) -> Iterator[Pixels | RegionError]:
+    def _read_tiles(self, coords_px: NDArray[np.int64], level: int, side_px: int) -> Iterator[Pixels | RegionError]:
         corners = np.rint(coords_px / np.array(self.slide.level_downsamples[level])).astype(int)
         for corner, (x, y) in zip(coords_px, corners.tolist(), strict=True):
             try:
@@ -95,13 +93,9 @@ class PatchReader:
         except RegionError as error:
             return error
 
-    def _read_strip(
-        self, coords_px: NDArray[np.int64], level: int, side_px: int
-    ) -> Iterator[Pixels | RegionError]:
+    def _read_strip(self, coords_px: NDArray[np.int64], level: int, side_px: int) -> Iterator[Pixels | RegionError]:
         """Neighbouring patches as one region; one by one where that cannot be read."""
-        offsets = np.rint(
-            (coords_px - coords_px.min(0)) / np.array(self.slide.level_downsamples[level])
-        ).astype(int)
+        offsets = np.rint((coords_px - coords_px.min(0)) / np.array(self.slide.level_downsamples[level])).astype(int)
         width, height = (offsets.max(0) + side_px).tolist()
         x, y = coords_px.min(0).tolist()
         try:
@@ -152,7 +146,5 @@ def perform(task: Task, reader: PatchReader) -> Iterator[Images]:
                 blank.append(task.start + index)
                 patch = np.zeros((task.patch_size_px, task.patch_size_px, 3), np.uint8)
             for size in task.sizes_px:
-                jpegs[size].append(
-                    jpeg.encode(resize(patch, size or task.patch_size_px, task.kernel), task.quality)
-                )
+                jpegs[size].append(jpeg.encode(resize(patch, size or task.patch_size_px, task.kernel), task.quality))
         yield Images(task.number, task.start + first, jpegs, blank)

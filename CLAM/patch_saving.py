@@ -60,6 +60,7 @@ class _Work:
     fingerprint: str
     outputs: list[Output]
     tasks_left: int = 0
+    patches_taken: int = 0
     blank: list[int] = field(default_factory=list)
     failed: bool = False
 
@@ -143,9 +144,7 @@ class Run:
         if not lacking:
             self._note(Outcome(job.name, "skipped", job.count, "finished before"), job.count)
             return None
-        work = _Work(
-            job, coords_px, fingerprint, lacking, tasks_left=len(_cuts(job.count, self.settings.workers))
-        )
+        work = _Work(job, coords_px, fingerprint, lacking, tasks_left=len(_cuts(job.count, self.settings.workers)))
         for output in lacking:
             output.begin(job)
         if not job.count:
@@ -157,6 +156,7 @@ class Run:
         count = len(next(iter(images.jpegs.values())))
         if not work.failed:
             work.blank += images.blank
+            work.patches_taken += count
             for output in work.outputs:
                 output.add(work.job, images)
             self._progress.patches(count)
@@ -166,7 +166,7 @@ class Run:
         work.tasks_left -= 1
         if message.error is not None and not work.failed:
             work.failed = True
-            self._note(Outcome(work.job.name, "failed", reason=message.error))
+            self._note(Outcome(work.job.name, "failed", reason=message.error), work.job.count - work.patches_taken)
             if self.settings.stop_at_error:
                 raise UserError(f"slide {work.job.name} failed: {message.error}")
         if work.tasks_left == 0:

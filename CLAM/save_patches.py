@@ -38,9 +38,7 @@ MIN_IMAGE_PX = 8
 
 def build_parser() -> argparse.ArgumentParser:
     """The published options and ours."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data_h5_dir", type=Path, required=True, help="folder that contains patches/, the coordinates")
     add("--data_slide_dir", type=Path, required=True, help="folder of the slides")
@@ -100,9 +98,7 @@ def parse_sizes(text: str) -> list[int]:
         raise UserError(f"--img_size is {text!r}; write sizes in px as 256 or 256,224.") from None
     for size in sizes:
         if size != 0 and not MIN_IMAGE_PX <= size <= 16384:
-            raise UserError(
-                f"--img_size {size}: must be 0 (as the coordinates say) or {MIN_IMAGE_PX} to 16384 px."
-            )
+            raise UserError(f"--img_size {size}: must be 0 (as the coordinates say) or {MIN_IMAGE_PX} to 16384 px.")
     if len(set(sizes)) < len(sizes):
         raise UserError(f"--img_size is {text}; each size once.")
     return sizes
@@ -133,9 +129,7 @@ def make_header(jobs: Sequence[Job], size_px: int, quality: int) -> StoreHeader:
     """
     natural = sorted({job.natural_px for job in jobs})
     if not size_px and len(natural) > 1:
-        raise UserError(
-            f"the coordinates are for patches of {', '.join(map(str, natural))} px: give --img_size."
-        )
+        raise UserError(f"the coordinates are for patches of {', '.join(map(str, natural))} px: give --img_size.")
     return StoreHeader(
         mpp=common([job.requested_mpp for job in jobs]),
         level=common([job.level for job in jobs]),
@@ -168,9 +162,7 @@ def open_outputs(args: argparse.Namespace, plan: Plan, sizes: Sequence[int]) -> 
     outputs: list[Output] = []
     try:
         if args.save_lmdb:
-            for path, size in zip(
-                store_paths(args.patch_dir, args.lmdb_name, sizes, args.shard), sizes, strict=True
-            ):
+            for path, size in zip(store_paths(args.patch_dir, args.lmdb_name, sizes, args.shard), sizes, strict=True):
                 outputs.append(StoreOutput(path, make_header(plan.jobs, size, args.img_quality), size))
         if args.save_img:
             outputs.append(FolderOutput(args.patch_dir / "imgs"))
@@ -230,6 +222,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         log.error("%s", error)
         return 2
+    except OSError as error:
+        log.error("%s. Finished slides are kept; the same command continues.", error)
+        return 2
+    except KeyboardInterrupt:
+        log.error("stopped. Finished slides are kept; the same command continues.")
+        return 130
     counts = {status: sum(o.status == status for o in outcomes) for status in ("done", "skipped", "failed")}
     log.info("slides: %(done)d done, %(skipped)d finished before, %(failed)d failed", counts)
     for outcome in outcomes:

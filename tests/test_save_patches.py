@@ -196,7 +196,10 @@ def test_finished_slides_are_skipped_and_changed_ones_written_again(cohort: Coho
     assert set(cohort.statuses().values()) == {"done"}
     write_pyramid(slide, pyramid(texture(330, 250, 77), 2), tile_px=64)
     assert cohort.run() == 0
-    assert cohort.statuses()["c"] == "done"
+    assert cohort.statuses() == {"a": "skipped", "b": "skipped", "c": "done"}
+    cohort.grid("a", patch_size=PATCH_PX // 2)
+    assert cohort.run("--img_size", str(PATCH_PX)) == 0
+    assert cohort.statuses() == {"a": "done", "b": "skipped", "c": "skipped"}
 
 
 def test_faulty_slides_do_not_stop_the_others(cohort: Cohort, caplog: pytest.LogCaptureFixture) -> None:

@@ -255,3 +255,31 @@ def test_killed_key_list_is_reported_and_completed(tmp_path: Path, monkeypatch: 
     assert any("__keys__" in fault for fault in verify(path).faults)
     StoreWriter(path, HEADER).close()
     assert not any("__keys__" in fault for fault in verify(path).faults)
+
+
+def test_what_a_stopped_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "FLUSH_BYTES", 10_000)
+    path = tmp_path / "x.lmdb"
+    child = os.fork()
+    if child == 0:
+        store = StoreWriter(path, HEADER)
+        store.put_slide("a", fake_jpegs(0, 3))
+        store.add("b", 0, fake_jpegs(1, 9))
+        store.add("c", 5, fake_jpegs(2, 4))
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert entries(path) > 3 + 1 + len(layout.RECORDS)
+    assert any("slides in work" in fault for fault in verify(path).faults)
+    StoreWriter(path, HEADER).close()
+    assert entries(path) == 3 + 1 + len(layout.RECORDS)
+
+
+def test_a_removed_slide_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.lmdb"
+    with StoreWriter(path, HEADER) as store:
+        store.put_slide("a", fake_jpegs(1, 5), np.zeros((5, 2), np.int64))
+        store.remove("a")
+        store.remove("never")
+        assert store.finished == {}
+    assert entries(path) == len(layout.RECORDS)
+    assert len(PatchStore(path)) == 0
