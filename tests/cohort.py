@@ -237,9 +237,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--patients", type=int, default=default.patients, help="an even number of at least 6")
     parser.add_argument("--slides_per_patient", type=int, default=default.slides_per_patient)
     parser.add_argument("--side_px", type=int, default=default.side_px, help="width and height of level 0")
-    parser.add_argument(
-        "--levels", type=int, default=default.levels, help="levels, each half of the one before"
-    )
+    parser.add_argument("--levels", type=int, default=default.levels, help="levels, each half of the one before")
     parser.add_argument("--seed", type=int, default=default.seed)
     options = vars(parser.parse_args(arguments))
     out = options.pop("out")

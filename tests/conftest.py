@@ -34,9 +34,7 @@ def real_data() -> Path:
     """The folder of real slides and labels that ABMILX_DATA names (relative to the repository's root)."""
     folder = (ROOT / os.environ.get("ABMILX_DATA", "../shared/data")).resolve()
     if not folder.is_dir():
-        pytest.skip(
-            f"no real data at {folder}; set ABMILX_DATA to the folder that holds wsi/, ucsb/ and labels/"
-        )
+        pytest.skip(f"no real data at {folder}; set ABMILX_DATA to the folder that holds wsi/, ucsb/ and labels/")
     return folder
 
 

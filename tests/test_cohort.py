@@ -118,9 +118,7 @@ def test_texture_tells_the_classes_apart(bags: Bags) -> None:
 
 
 @pytest.mark.parametrize("patients", ["4", "7"])
-def test_too_few_or_odd_patients_are_refused(
-    patients: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_too_few_or_odd_patients_are_refused(patients: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         cohort.main([str(tmp_path), "--patients", patients])
     assert stop.value.code == 2

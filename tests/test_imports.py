@@ -20,12 +20,8 @@ LAZY_IN_ABMILX = {"triton"}
 
 def allowed_imports() -> dict[str, set[str]]:
     """What each room may import besides itself, from the table in docs/design.md."""
-    rows = re.findall(
-        r"^\| `([\w.]+)/?` \|[^|]*\|([^|]*)\|$", (ROOT / "docs/design.md").read_text(), re.MULTILINE
-    )
-    return {
-        room: EVERYTHING if "all" in text else set(re.findall(r"`([\w.]+)`", text)) for room, text in rows
-    }
+    rows = re.findall(r"^\| `([\w.]+)/?` \|[^|]*\|([^|]*)\|$", (ROOT / "docs/design.md").read_text(), re.MULTILINE)
+    return {room: EVERYTHING if "all" in text else set(re.findall(r"`([\w.]+)`", text)) for room, text in rows}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

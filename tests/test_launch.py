@@ -55,9 +55,7 @@ def test_train_passes_arguments_settings_and_status(checkout: Path, tmp_path: Pa
 
 def test_train_names_a_missing_python(checkout: Path, tmp_path: Path) -> None:
     env = {"PATH": os.environ["PATH"], "PYTHON": "/nowhere/python"}
-    done = subprocess.run(
-        ["bash", str(checkout / "train.sh")], env=env, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["bash", str(checkout / "train.sh")], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "There is no Python at '/nowhere/python'" in done.stderr
 
@@ -73,9 +71,7 @@ def test_train_dist_starts_every_rank_and_passes_failure_on(checkout: Path, tmp_
 
 
 @pytest.mark.parametrize("count", [[], ["0"], ["-1"], ["two"], ["--datasets=panda"], ["1.5"]])
-def test_train_dist_refuses_what_is_no_number_of_processes(
-    checkout: Path, tmp_path: Path, count: list[str]
-) -> None:
+def test_train_dist_refuses_what_is_no_number_of_processes(checkout: Path, tmp_path: Path, count: list[str]) -> None:
     done = call(checkout / "train_dist.sh", *count, cwd=tmp_path)
     assert done.returncode == 2
     assert f"'{count[0] if count else ''}', but must be the number of processes" in done.stderr
