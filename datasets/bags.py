@@ -287,8 +287,9 @@ class EvalParts(Dataset[Bags]):
 
 
 def as_target(target: Mapping[str, float]) -> dict[str, Tensor]:
-    """(1,) tensors: int64 for labels and events, float64 for times."""
-    return {k: torch.tensor([v], dtype=torch.float64 if k == "time" else torch.int64) for k, v in target.items()}
+    """(1,) tensors: int64 for labels and events, float64 for times and values."""
+    real = ("time", "value")
+    return {k: torch.tensor([v], dtype=torch.float64 if k in real else torch.int64) for k, v in target.items()}
 
 
 def collate(items: Sequence[Bags], crop_groups: int = 0) -> Bags:

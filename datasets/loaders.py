@@ -49,6 +49,8 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
         epochs: first epoch and the one behind the last.
         start_step: steps of the first epoch that were done already.
     """
+        strata: class of each sample; an epoch then draws ``count`` samples with replacement, every class equally
+            often. None: every sample once.
 
     def __init__(
         self,
@@ -62,8 +64,9 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
         epochs: tuple[int, int] = (0, 1),
         start_step: int = 0,
     ) -> None:
+        strata: Sequence[int] | None = None,
         self.count, self.batch_size, self.rank, self.world, self.seed = count, batch_size, rank, world, seed
-        self.drop_last, self.epochs, self.start_step = drop_last, epochs, start_step
+        self.drop_last, self.epochs, self.start_step, self.strata = drop_last, epochs, start_step, strata
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"the training split has {count} bags, fewer than one step takes ({world} process(es) x batch_size "
@@ -89,6 +92,8 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
         """The order of the samples in ``epoch``."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         return torch.randperm(self.count, generator=generator).tolist()
+        if self.strata is not None:
+            return balanced_draw(self.strata, generator)
 
     def _slice(self, order: list[int], step: int) -> list[int]:
         size = self.batch_size * self.world
@@ -102,6 +107,22 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
 
 
 def train_loader(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -> DataLoader[Bags]:
+def balanced_draw(strata: Sequence[int], generator: torch.Generator) -> list[int]:
+    """As many samples as there are, with replacement, in random order.
+
+    The numbers of draws of two strata differ by one at most, whatever their sizes; which ones get one more is drawn.
+    """
+    present = sorted(set(strata))
+    members = [[i for i, own in enumerate(strata) if own == stratum] for stratum in present]
+    first = torch.randperm(len(present), generator=generator).tolist()
+    quota = [len(strata) // len(present) + (place < len(strata) % len(present)) for place in range(len(present))]
+    drawn: list[int] = []
+    for stratum, size in zip(first, quota, strict=True):
+        picks = torch.randint(len(members[stratum]), (size,), generator=generator)
+        drawn += [members[stratum][p] for p in picks.tolist()]
+    return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
+
+
     """Batches of the training stream; workers live as long as the iterator."""
     return DataLoader(
         bags,

@@ -111,6 +111,7 @@ def summary_of(setup: Setup, results: list[FoldResult], task: Task) -> dict[str,
         "task": task.name,
         "classes": list(setup.cohort.class_names),
         "selection": {"metric": task.selection, "split": sorted({r.selected_on for r in results})},
+        "loss": task.facts()["loss"],
         "folds": [
             {
                 "fold": r.fold.index,
@@ -140,8 +141,10 @@ def pooled(results: list[FoldResult], name: str, task: Task, resamples: int) -> 
         return None
     parts = [r.predictions[name] for r in results]
     target = {k: torch.cat([p.target[k] for p in parts]) for k in parts[0].target}
-    estimates = bootstrap(task.statistics(torch.cat([p.logits for p in parts]), target), resamples=resamples)
-    return {"metrics": estimates.as_dict(), "notes": estimates.notes}
+    logits, task = torch.cat([p.logits for p in parts]), task.pooled()
+    estimates = bootstrap(task.statistics(logits, target), resamples=resamples)
+    report = {k: v for k, v in task.report(logits, target).items() if k != "lines"}
+    return {"metrics": estimates.as_dict(), "notes": estimates.notes, "report": report}
 
 
 def show_summary(summary: dict[str, Any], task: Task) -> None:

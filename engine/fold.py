@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,14 @@ from torch.utils.data import DataLoader
 from datasets.bags import Bags, EvalParts, TrainBags
 from datasets.label_types import Fold, Sample
 from datasets.loaders import LoaderOptions, TrainStream, eval_loader, shard, train_loader
-from engine import checkpoint
+from engine import checkpoint, task_builder
 from engine.bootstrap import bootstrap
 from engine.evaluate import Predictions, predict
 from engine.learner import Learner
 from engine.progress import Bar, LossMeter, Meter, speed
 from engine.records import Records
 from engine.selection import Best, EarlyStopping, Progress
-from engine.setup import Setup, build_model, build_task, describe
+from engine.setup import Setup, build_model, describe
 from modules.model import SlideModel, average_buffers, bare_state_dict
 from utils.dist import Processes
 from utils.log import duration
@@ -42,7 +42,7 @@ class FoldRun:
         self.train_options, self.eval_options = setup.config.train, setup.config.eval
         self.names = EVALUATED[self.eval_options.test_type]
         self.keep_last = self.eval_options.keep_epoch == "last"
-        self.task = build_task(setup, fold)
+        self.task = task_builder.build(setup.config, setup.cohort, fold, processes.world)
         seed_all(fold.seed)
         model, renderer = build_model(setup, self.task.outputs, fold.index)
         self.learner = Learner(
@@ -119,6 +119,7 @@ class FoldRun:
             seed=self.fold.seed,
             drop_last=options.drop_last,
             epochs=(self.progress.epoch, options.num_epoch),
+            strata=task_builder.strata(self.setup.config, self.fold.train),
         )
 
     def _train_loader(self, stream: TrainStream) -> DataLoader[Bags]:
@@ -219,6 +220,7 @@ class FoldRun:
             "k": self.fold.index,
             "config": self.setup.config.flat(),
             "task": self.task.name,
+            "task_facts": self.task.facts(),
             "classes": list(self.setup.cohort.class_names),
             "bin_edges": list(self.fold.bin_edges) if self.fold.bin_edges else None,
         }
@@ -277,8 +279,9 @@ class FoldRun:
                 "epoch": content["epoch"],
                 "metrics": estimates.as_dict(),
                 "notes": estimates.notes,
+                "report": self.task.report(predictions.logits, predictions.target),
             }
-            logits[name] = predictions
+            logits[name] = replace(predictions, logits=self.task.comparable(predictions.logits))
             self._write_predictions(name, predictions)
             chosen = estimates[self.task.selection]
             log.info(
@@ -292,14 +295,14 @@ class FoldRun:
                 chosen.low,
                 chosen.high,
             )
+            for line in results[name]["report"].pop("lines", ()):
+                log.info("%s    %s", self.label, line)
         selected_on = "none" if self.keep_last else self.fold.selection
         return FoldResult(self.fold, self.progress.epoch, selected_on, results, logits)
 
     def _write_predictions(self, name: str, predictions: Predictions) -> None:
         scores = self.task.scores(predictions.logits)
         table = scores.tolist() if scores.ndim == 2 else [[s] for s in scores.tolist()]
-        survival = scores.ndim == 1
-        header = ["risk"] if survival else [f"p_{c}" for c in self.setup.cohort.class_names]
         samples = [self.fold.test[int(i)] for i in predictions.index]
         targets = list(predictions.target)
         rows = [
@@ -308,7 +311,7 @@ class FoldRun:
         ]
         suffix = "" if name == "main" else f"_{name}"
         self.records.table(
-            f"fold_{self.fold.index}_test{suffix}_predictions.csv", ["id", "case", *targets, *header], rows
+            f"fold_{self.fold.index}_test{suffix}_predictions.csv", ["id", "case", *targets, *self.task.columns], rows
         )
 
 
@@ -321,7 +324,7 @@ class FoldResult:
         epochs: epochs trained.
         selected_on: split that chose the epoch: "val", "test", or "none" where the last one was kept.
         test: for each evaluated set of weights: chosen epoch, metrics with intervals, notes.
-        predictions: logits and targets behind the metrics, for pooling over folds.
+        predictions: logits and targets behind the metrics, comparable between folds, for pooling.
     """
 
     fold: Fold

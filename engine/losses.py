@@ -1,6 +1,6 @@
 """Losses of the tasks, in float32 whatever the autocast and the dtype of the logits (float64 stays float64).
 
-B bags, K classes or survival bins.
+B bags, K classes, labels or survival bins.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -82,7 +83,8 @@ def cox_loss(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
     """Negative partial log-likelihood of Cox (1972) with Breslow's handling of ties, per event.
 
     Every event i costs log(sum over t_j >= t_i of exp(risk_j)) - risk_i. The risk set is the batch, so a
-    batch of one teaches nothing; without an event the loss is zero (and so is its gradient).
+    batch of one teaches nothing (``cox_loss_of_all`` joins the batches of several processes); without an event the
+    loss is zero (and so is its gradient).
 
     Args:
         risk: (B,) log relative hazard; higher means an earlier event.
@@ -100,3 +102,64 @@ def cox_loss(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
         log_risk_set = torch.logcumsumexp(risk[order], 0)[last]
         per_patient = (log_risk_set - risk) * event
         return per_patient.sum() / event.sum().clamp(min=1)
+
+
+def cox_loss_of_all(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
+    """``cox_loss`` over the bags of all processes, where there are several and ``risk`` is being trained.
+
+    The risks of the other processes are constants here, and this process's share of the gradient is multiplied by
+    the number of processes: their mean, which distributed training takes, is then the gradient of one process that
+    holds all bags. Every process must call it with the same number of bags.
+
+    Args:
+        risk: (B,) of this process, as in ``cox_loss``; so are the others.
+        time: (B,).
+        event: (B,).
+
+    Returns:
+        A scalar, the same on every process.
+    """
+    if not (risk.requires_grad and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return cox_loss(risk, time, event)
+    own = torch.stack([risk.detach().double(), time.double(), event.double()])
+    shares = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, own)
+    risks = [share[0].to(_full(risk)) for share in shares]
+    risks[dist.get_rank()] = _full(risk)
+    times, events = torch.cat([share[1] for share in shares]), torch.cat([share[2] for share in shares])
+    loss = cox_loss(torch.cat(risks), times, events)
+    return loss + (len(shares) - 1) * (loss - loss.detach())
+
+
+def binary_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean over bags and known labels of -[y log p + (1 - y) log(1 - p)], p = sigmoid(logit).
+
+    Args:
+        logits: (B, K), one per label; labels do not exclude each other.
+        label: (B, K) 1 or 0; anything below 0 is unknown and does not count.
+
+    Returns:
+        A scalar; zero, with zero gradient, where no label is known.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _full(logits)
+        known = label >= 0
+        per_label = F.binary_cross_entropy_with_logits(logits, label.clamp(min=0).to(logits), reduction="none")
+        return (per_label * known).sum() / known.sum().clamp(min=1)
+
+
+def squared_error(logits: Tensor, value: Tensor, mean: float = 0.0, sd: float = 1.0) -> Tensor:
+    """Mean squared error of a standardised value: ``logits`` predict (value - mean) / sd.
+
+    Args:
+        logits: (B, 1).
+        value: (B,) in the csv's unit.
+        mean: of the training set.
+        sd: of the training set, so that the loss does not depend on the unit.
+
+    Returns:
+        A scalar.
+    """
+    with torch.autocast(logits.device.type, enabled=False):
+        logits = _full(logits)
+        return ((logits[:, 0] - ((value - mean) / sd).to(logits)) ** 2).mean()

@@ -40,8 +40,15 @@ CLASSIFICATION_METRICS = (
     "recall_macro",
     "kappa",
     "kappa_quadratic",
+    "accuracy_within_one",
     "ece",
 )
+
+
+def metric_names(n_classes: int) -> tuple[str, ...]:
+    """CLASSIFICATION_METRICS, less the one that is always 1 for two classes."""
+    return tuple(m for m in CLASSIFICATION_METRICS if n_classes > 2 or m != "accuracy_within_one")
+
 
 ECE_BINS = 15
 """Equal-width bins of the confidence, as in Guo et al. 2017 and torchmetrics."""
@@ -69,6 +76,21 @@ class ClassReport:
     names: list[str]
     confusion: list[list[int]]
     values: dict[str, list[float]]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: each class with its numbers, and the confusion matrix."""
+        classes = {n: {k: column[i] for k, column in self.values.items()} for i, n in enumerate(self.names)}
+        return {"classes": classes, "confusion": self.confusion, "confusion_rows": "label", "order": self.names}
+
+    def lines(self) -> list[str]:
+        """A table for the log: one line per class, with its row of the confusion matrix behind it."""
+        columns = [c for c in self.values if c != "support"]
+        table = [["class", "n", *columns, *(f"> {name}" for name in self.names)]]
+        for i, name in enumerate(self.names):
+            numbers = [f"{self.values[c][i]:.3f}" for c in columns]
+            table.append([name, f"{self.values['support'][i]:.0f}", *numbers, *map(str, self.confusion[i])])
+        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+        return ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table]
 
 
 def log_odds(logits: ArrayLike) -> Floats:
@@ -134,11 +156,11 @@ def classification_metrics(logits: ArrayLike, label: ArrayLike) -> Metrics:
     """
     x, y = _checked(logits, label)
     if obstacle := _obstacle(x, y):
-        return Metrics(dict.fromkeys(CLASSIFICATION_METRICS, float("nan")), [obstacle])
+        return Metrics(dict.fromkeys(metric_names(x.shape[1]), float("nan")), [obstacle])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         values = _plain(x, y)
-    return Metrics({name: float(values[name]) for name in CLASSIFICATION_METRICS}, _notes(values, x, y))
+    return Metrics({name: float(values[name]) for name in metric_names(x.shape[1])}, _notes(values, x, y))
 
 
 def _plain(x: Floats, y: Ints) -> dict[str, Any]:
@@ -157,6 +179,7 @@ def _plain(x: Floats, y: Ints) -> dict[str, Any]:
         "recall_macro": recall,
         "kappa": sk.cohen_kappa_score(y, predicted, labels=classes),
         "kappa_quadratic": sk.cohen_kappa_score(y, predicted, labels=classes, weights="quadratic"),
+        "accuracy_within_one": (np.abs(predicted - y) <= 1).mean(),
         "ece": np.abs(_calibration_gaps(x, y).sum(axis=1)).sum() / len(y),
     }
 
@@ -257,11 +280,12 @@ class ClassificationStatistics:
     def resampled(self, weights: NDArray[np.float32]) -> dict[str, Floats]:
         """The metrics, each (R,), of resamples with ``weights`` (N, R); NaN where undefined."""
         confusion = (self.cells @ weights).reshape(self.n_classes, self.n_classes, -1).astype(np.float64)
-        return {
+        values = {
             "auc": self._auc(weights),
             **confusion_metrics(confusion),
             "ece": np.abs(self.gaps @ weights).sum(axis=0) / confusion.sum(axis=(0, 1)),
         }
+        return {name: values[name] for name in metric_names(self.n_classes)}
 
     def _auc(self, weights: NDArray[np.float32]) -> Floats:
         aucs = np.stack([self._class_auc(k, weights) for k in range(self.n_classes)])  # (K, R)

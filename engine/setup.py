@@ -11,11 +11,11 @@ from torch import nn
 
 from datasets.bags import SamplingPlan
 from datasets.label_options import LabelOptions
-from datasets.labels import Cohort, Fold, load_cohort
+from datasets.labels import Cohort, load_cohort
 from datasets.views import Renderer, ViewPlan
 from engine.learner import Precision
 from engine.sources import Sources, check_features, check_positions, keep_in_memory, open_sources
-from engine.tasks import ClassificationTask, SurvivalTask, Task, selection_metric
+from engine.task_builder import check_task_options
 from modules.encoders import build_encoder, load_encoder_weights
 from modules.heads import build_mil
 from modules.model import SlideModel
@@ -68,6 +68,7 @@ def prepare(config: Config) -> Setup:
     sources = open_sources(data, encoder is not None, positions)
     cohort = load_cohort(LabelOptions.from_config(data, config.model, config.train), sources.slides)
     _check_outputs(config, cohort)
+    check_task_options(config, cohort, mil)
     if encoder is None:
         check_features(sources, cohort)
     if positions:
@@ -104,26 +105,8 @@ def _check_outputs(config: Config, cohort: Cohort) -> None:
             f"n_classes is {asked}, but the labels have {cohort.n_classes} classes ({', '.join(cohort.class_names)}). "
             "Remove --n_classes, or name the classes with --classes."
         )
-    if config.train.loss == "nll_surv" and cohort.task != "survival":
-        raise UserError("loss nll_surv needs survival labels: name the data set surv_<name> with --datasets.")
-    if config.train.loss == "ce" and cohort.task == "survival":
-        raise UserError("loss ce needs class labels, and --datasets names a survival task. Remove --loss.")
-
-
-def build_task(setup: Setup, fold: Fold) -> Task:
-    """The task of one fold; survival metrics know the training part's censoring."""
-    options = setup.config.eval
-    survival = setup.cohort.task == "survival"
-    classes = None if survival else setup.cohort.n_classes
-    selection = selection_metric(options.best_metric, options.best_metric_index, classes)
-    if not survival:
-        return ClassificationTask(setup.cohort.class_names, selection)
-    return SurvivalTask(
-        outputs=setup.cohort.n_classes,
-        train_time=tuple(float(s.target["time"]) for s in fold.train),
-        train_event=tuple(int(s.target["event"]) for s in fold.train),
-        selection=selection,
-    )
+    if asked not in (None, 1) and cohort.task == "regression":
+        raise UserError(f"n_classes is {asked}, but a regression has one output. Remove --n_classes.")
 
 
 def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Renderer | None]:

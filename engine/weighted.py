@@ -54,6 +54,7 @@ def confusion_metrics(c: Floats) -> dict[str, Floats]:
         "balanced_accuracy": recall.sum(axis=0) / (labelled > 0).sum(axis=0),
         "kappa": _kappa(c, (index[:, None] != index).astype(np.float64)),
         "kappa_quadratic": _kappa(c, (index[:, None] - index) ** 2.0),
+        "accuracy_within_one": np.einsum("ij,ijr->r", (abs(index[:, None] - index) <= 1) * 1.0, c) / total,
     }
 
 

@@ -35,6 +35,12 @@ class DataConfig:
     )
     csv_path: str | None = option(None, "label csv, or folder of fold_<k>.csv")
     datasets: str = option("panda", "task key: panda, brca, nsclc, call, bio*, surv_*, or any name of your own")
+    task: str = option(
+        "auto",
+        "kind of label; auto: survival for surv_*, else classification. regression: numbers in the label column; "
+        "multilabel: one 0/1 column per name in classes",
+        ("auto", "classification", "survival", "regression", "multilabel"),
+    )
     classes: str | None = option(None, "class names in order, comma separated, for a data set of your own")
     missing: str = option("error", "what to do when a labelled slide is not in the store", ("error", "drop"))
     val_ratio: float | None = option(
@@ -152,7 +158,17 @@ class TrainConfig:
     batch_size: int = option(1, "bags per process and step")
     accumulation_steps: int = option(1, "batches whose gradients make one update")
     p_batch_size: int = option(512, "patches per encoder call in training")
-    loss: str | None = option(None, "default: ce, or nll_surv for survival", ("ce", "nll_surv"))
+    loss: str | None = option(
+        None,
+        "default: ce, or nll_surv for survival (or cox), bce for multilabel, mse for regression",
+        ("ce", "nll_surv", "cox", "bce", "mse"),
+    )
+    class_weights: str | None = option(
+        None, "factor of each class in the loss: none, balanced (training counts), or numbers, comma separated"
+    )
+    balanced_sampling: bool = option(
+        False, "draw the training bags of an epoch with replacement, every class equally often"
+    )
     main_alpha: float | None = option(None, "weight of the bag loss; default: the MIL head's own, else 1")
     aux_alpha: float | None = option(None, "weight of the head's auxiliary loss; default: the MIL head's own, else 0")
     opt: str = option("adam", "optimiser", ("adam", "adamw"))
@@ -187,7 +203,8 @@ class EvalConfig:
     )
     best_metric: str | None = option(
         None,
-        "metric that chooses the epoch; default: auc for two classes, accuracy_macro for more, c_index for survival",
+        "metric that chooses the epoch; default: auc for two classes and multilabel, accuracy_macro for more classes "
+        "(grades: kappa_quadratic or accuracy_within_one), c_index for survival, r2 for regression",
     )
     best_metric_index: int = option(
         -1, "the published way to choose it: -1 default, 0 auc or c_index, 1 accuracy_macro, ..."
@@ -212,7 +229,8 @@ class RunConfig:
     )
     log_iter: int = option(100, "steps between two lines of the log")
     save_iter: int = option(-1, "keep a checkpoint every n epochs; -1: only best and last")
-    wandb: bool = option(False, "also log to Weights & Biases")
+    wandb: bool = option(False, "also log to Weights & Biases; WANDB_MODE=offline works without a network")
+    tensorboard: bool = option(False, "also write event files for TensorBoard, in the run's folder")
     device: str = option("auto", "auto: CUDA when there is one", ("auto", "cpu", "cuda"))
 
 

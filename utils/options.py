@@ -41,6 +41,11 @@ REFUSED = {
 }
 """Published options that are dead or broken: refused with what to use instead."""
 
+REFUSED_VALUES = {
+    ("loss", "asl"): "the published program never had it; give --loss=bce with --task=multilabel",
+}
+"""Published values of options that never worked: refused with what to use instead."""
+
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
 
@@ -170,6 +175,9 @@ def _convert(f: Field, raw: Any, where: str, negated: bool, faults: Faults) -> d
         value = _cast(f.kind, raw)
     except ValueError:
         faults.add(f"{where}: {raw!r} is not {_expected(f.kind)} ({f.help})")
+        return {}
+    if (f.name, value) in REFUSED_VALUES:
+        faults.add(f"{where}: {value!r}: {REFUSED_VALUES[f.name, value]}.")
         return {}
     if f.choices and value not in f.choices:
         faults.add(f"{where}: {value!r} is not one of {', '.join(f.choices)}.{did_you_mean(value, f.choices)}")
