@@ -279,6 +279,9 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--copies", type=int, default=1, help="the slide so many times; from 10,000 patches torch resizes"
+    )
     parser.add_argument("--keep", type=Path, help="folder for the slide, kept and used again")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -288,8 +291,13 @@ def main() -> None:
             slide.parent.mkdir(parents=True, exist_ok=True)
             data = ROOT / os.environ.get("ABMILX_DATA", "../shared/data")
             write_pyramid(slide, pyramid(level0(data)))
+        for copy in slide.parent.glob("copy_*.tif"):
+            copy.unlink()
+        for number in range(1, args.copies):
+            (slide.parent / f"copy_{number}.tif").symlink_to(slide.resolve())
+        shutil.rmtree(folder / "coords", ignore_errors=True)
         h5 = find_patches(slide, folder / "coords")
-        patches = patches_as_jpegs(slide, h5)
+        patches = patches_as_jpegs(slide, h5) * args.copies
         print(f"{len(patches)} patches of 256 px to {args.img_size} px, {args.workers} processes, {args.rounds} rounds")
         from patch_resize import choose_kernel
 

@@ -202,6 +202,24 @@ def test_shards_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         PatchStore(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "record", [b"{", b"[]", b'{"image_size_px": "64"}', b'{"version": null}', b'{"parameters": 1}', b'{"level": true}']
+)
+def test_damaged_headers_are_refused(record: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.lmdb", {"a": patches(0, 1)})
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        txn.put(b"__header__", record)
+    with pytest.raises(UserError, match=r"x\.lmdb: a record of the store"):
+        PatchStore(path)
+
+
+def test_unknown_fields_of_later_programs_are_passed_over(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.lmdb", {"a": patches(0, 1)})
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        txn.put(b"__header__", b'{"version": 1, "image_size_px": 16, "later": [1]}')
+    assert PatchStore(path).header == StoreHeader(image_size_px=16)
+
+
 def test_newer_format_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="version 2 is newer than 1"):
         PatchStore(write(tmp_path / "x.lmdb", {}, StoreHeader(version=2)))

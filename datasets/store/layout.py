@@ -16,6 +16,15 @@ HEADER, PENDING, LISTED = b"__header__", b"__pending__", b"__listed__"
 RECORDS = (KEYS, LEN, SLIDES, COUNTS, HEADER, PENDING, LISTED)
 # Header fields that may differ between slides of one store.
 MERGED = ("level", "patch_size_px")
+# JSON types of the records' fields; all others are counts and sizes, or null.
+FIELD_TYPES: dict[str, tuple[type, ...]] = {
+    "version": (int,),
+    "mpp": (int, float, type(None)),
+    "parameters": (dict,),
+    "count": (int,),
+    "source": (dict,),
+    "fingerprint": (str,),
+}
 # LMDB allows keys of 511 bytes; the longest of ours is "__coords__/" + name, or name + "-" + index.
 MAX_NAME_BYTES = 480
 
@@ -96,7 +105,12 @@ def _known_fields(value: bytes, kind: type) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"a record of the store is a {type(content).__name__}, not a mapping.")
     names = {f.name for f in dataclasses.fields(kind)}
-    return {k: v for k, v in content.items() if k in names}
+    known = {k: v for k, v in content.items() if k in names}
+    for name, found in known.items():
+        expected = FIELD_TYPES.get(name, (int, type(None)))
+        if not isinstance(found, expected) or isinstance(found, bool):
+            raise UserError(f"a record of the store has a {type(found).__name__} as {name}: damaged.")
+    return known
 
 
 def patch_key(slide: str, index: int) -> bytes:
