@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -31,6 +32,9 @@ MESSAGES_AHEAD = 8
 """Messages (of about 1 MB) per worker that wait for the writer before the worker is held up."""
 
 ORPHAN_CHECK_S = 5.0
+
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
+"""Forked processes start at once and share what is imported; elsewhere system libraries do not survive a fork."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +99,7 @@ class ReaderPool:
     def __init__(self, workers: int, kernel: str = "pillow") -> None:
         warm_up(kernel)
         jpeg.backend()
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
+        context = multiprocessing.get_context(START_METHOD)
         self._results: queue.Queue[tuple[int, Images | Ended | _Lost]] = queue.Queue(MESSAGES_AHEAD * workers)
         self._workers: list[_Worker] = []
         for index in range(workers):
@@ -198,8 +201,6 @@ def _perform(pipe: Connection, task: Task, reader: PatchReader | None) -> PatchR
 
 def _one_thread() -> None:
     """There is a worker per core already."""
-    import sys
-
     import cv2
 
     cv2.setNumThreads(1)

@@ -292,6 +292,14 @@ def test_order_does_not_depend_on_workers(workers: str, cohort: Cohort, monkeypa
         assert stored(cohort.folder / "out" / "data.lmdb", name) == expected(slides[name], coords[name], PATCH_PX)
 
 
+def test_spawned_workers_do_the_same(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch_pool, "START_METHOD", "spawn")
+    slide = cohort.add("a.svs")
+    coords = cohort.grid("a")
+    assert cohort.run("--img_size", "32") == 0
+    assert stored(cohort.folder / "out" / "data.lmdb", "a") == expected(slide, coords, 32)
+
+
 def test_a_worker_that_dies_costs_its_slides_only(cohort: Cohort, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abcdef":
         cohort.add(f"{name}.svs", seed=ord(name))
@@ -333,30 +341,36 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc, which is not here")
 def test_killed_runs_continue_to_the_same_store_and_leave_no_process(cohort: Cohort) -> None:
-    for name in "abcdefgh":
-        cohort.add(f"{name}.svs", seed=ord(name))
-        cohort.grid(name, step=12, columns=20, rows=15)
+    names = [f"s{number}" for number in range(40)]
+    image = cohort.add("s0.svs").read_bytes()
+    for name in names:
+        (cohort.slides / f"{name}.svs").write_bytes(image)
+        cohort.grid(name, step=12, columns=20, rows=10)
+    cohort.names = [f"{name}.svs" for name in names]
+    cohort.write_csv()
     command = [sys.executable, str(ROOT / "CLAM" / "save_patches.py"), *cohort.options("--workers", "2")]
     rng = np.random.default_rng(1)
     progress = cohort.folder / "out" / "data_progress.txt"
-    for kill in range(3):
+    finished: list[str] = []
+    for _ in range(3):
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
-            if progress.is_file() and len(progress.read_text().split()) > kill:
+            if progress.is_file() and len(progress.read_text().split()) > len(finished):
                 break
-            time.sleep(0.005)
-        time.sleep(float(rng.uniform(0, 0.03)))
+            time.sleep(0.002)
         workers = children(process.pid)
+        time.sleep(float(rng.uniform(0, 0.02)))
         process.kill()
         process.wait()
-        finished = PatchStore(cohort.folder / "out" / "data.lmdb").slides
-        assert set(finished) <= set("abcdefgh")
+        before, finished = finished, PatchStore(cohort.folder / "out" / "data.lmdb").slides
+        assert finished[: len(before)] == before
+    assert 3 <= len(finished) < 40, "the kills came in the middle"
     while any(Path(f"/proc/{worker}").exists() for worker in workers):
         assert time.monotonic() < deadline, "workers outlive the run"
         time.sleep(0.05)
     assert cohort.run("--workers", "2") == 0
     assert cohort.run(out="straight") == 0
-    for name in "abcdefgh":
+    for name in names:
         straight = stored(cohort.folder / "straight" / "data.lmdb", name)
         assert stored(cohort.folder / "out" / "data.lmdb", name) == straight
