@@ -13,9 +13,10 @@ from datasets.label_report import describe as describe_cohort
 from datasets.label_report import write_split
 from engine.bootstrap import bootstrap, summarise
 from engine.fold import FoldResult, FoldRun
-from engine.records import NoTracker, Records, WandbTracker, environment, run_folder
+from engine.records import Records, environment, run_folder
 from engine.setup import Setup, prepare
 from engine.tasks import Task
+from engine.trackers import fold_values, open_trackers, summary_values
 from utils.config import Config
 from utils.dist import Processes
 from utils.log import duration, set_up_logging
@@ -55,16 +56,19 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
     results = []
     for fold in setup.cohort.folds:
         fold_run = FoldRun(setup, fold, processes, records)
+        records.selection = fold_run.task.selection
         if processes.is_main:
             write_split(fold, records.folder / f"fold_{fold.index}_split.csv")
         if config.run.script_mode != "test":
             fold_run.train()
         if config.run.script_mode != "no_test":
             results.append(fold_run.test())
+            records.tracker.log(fold_values(results[-1].test), step=fold.index)
     summary = summary_of(setup, results, fold_run.task) if results else {}
     summary["seconds"] = time.perf_counter() - begin
     records.json("results.json", summary)
     if processes.is_main and results:
+        records.tracker.log(summary_values(summary))
         show_summary(summary, fold_run.task)
         log.info("Results are in %s (%s).", records.folder, duration(summary["seconds"]))
     records.tracker.finish()
@@ -87,10 +91,8 @@ def open_records(config: Config, processes: Processes) -> Records:
     records = Records(folder, processes.is_main)
     records.start(config, {"processes": processes.world, "device": str(processes.device)})
     set_up_logging(processes.rank, folder / "log.txt")
-    if config.run.wandb and processes.is_main:
-        records.tracker = WandbTracker(config, folder)
-    else:
-        records.tracker = NoTracker()
+    if processes.is_main:
+        records.tracker = open_trackers(config, folder, {"git_hash": environment()["git_hash"]})
     return records
 
 
@@ -109,9 +111,9 @@ def summary_of(setup: Setup, results: list[FoldResult], task: Task) -> dict[str,
     names = list(results[0].test)
     return {
         "task": task.name,
+        "loss": task.facts()["loss"],
         "classes": list(setup.cohort.class_names),
         "selection": {"metric": task.selection, "split": sorted({r.selected_on for r in results})},
-        "loss": task.facts()["loss"],
         "folds": [
             {
                 "fold": r.fold.index,

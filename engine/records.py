@@ -10,54 +10,16 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import yaml
 
+from engine.trackers import Trackers, epoch_values
 from utils.config import Config, RunConfig
 from utils.files import atomic_path, json_safe, write_json, write_text
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lmdb", "scikit-survival", "scikit-learn", "h5py")
-
-
-class Tracker(Protocol):
-    """Where numbers go besides the run folder."""
-
-    def log(self, values: Mapping[str, Any]) -> None: ...
-
-    def finish(self) -> None: ...
-
-
-class NoTracker:
-    """Tracks nothing."""
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        """Drops the values."""
-
-    def finish(self) -> None:
-        """Does nothing."""
-
-
-class WandbTracker:
-    """Weights & Biases, imported only when asked for. It never touches the working tree."""
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        import wandb
-
-        self.run = wandb.init(
-            project=config.run.project,
-            name=config.run.title,
-            config=config.flat(),
-            dir=str(folder),
-            save_code=False,
-        )
-
-    def log(self, values: Mapping[str, Any]) -> None:
-        self.run.log(dict(values))
-
-    def finish(self) -> None:
-        self.run.finish()
 
 
 def run_folder(options: RunConfig) -> Path:
@@ -71,12 +33,15 @@ class Records:
     Args:
         folder: the run's folder, made when missing.
         active: whether this process writes.
+
+    Attributes:
         tracker: where numbers go besides.
+        selection: the metric that chooses the epoch; set before the first epoch is recorded.
     """
 
-    def __init__(self, folder: Path, active: bool, tracker: Tracker | None = None) -> None:
+    def __init__(self, folder: Path, active: bool) -> None:
         self.folder, self.active = folder, active
-        self.tracker = tracker or NoTracker()
+        self.tracker, self.selection = Trackers(), ""
         if active:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -92,14 +57,19 @@ class Records:
             line = json.dumps(json_safe({"fold": fold, **values}), allow_nan=False)
             with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-            self.tracker.log({f"{fold}-fold/{k}": v for k, v in values.items()})
+            if self.tracker:
+                history = [line for line in self._lines() if line.pop("fold") == fold]
+                self.tracker.log(epoch_values(fold, history, self.selection), step=values["epoch"])
+
+    def _lines(self) -> list[dict[str, Any]]:
+        text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines() if line]
 
     def forget(self, fold: int, from_epoch: int) -> None:
         """Removes the lines of a fold from ``from_epoch`` on: they are about to be written again."""
         path = self.folder / "metrics.jsonl"
         if self.active and path.is_file():
-            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-            kept = [line for line in lines if line["fold"] != fold or line["epoch"] < from_epoch]
+            kept = [line for line in self._lines() if line["fold"] != fold or line["epoch"] < from_epoch]
             write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
