@@ -21,6 +21,9 @@ NAMES: dict[str, tuple[str, ...]] = {
 }
 """Role of a column to the names it goes by, whatever their case."""
 
+LABEL_ROLE = "label "
+"""Role of a multi-label column: this and its name."""
+
 SPLIT_WORDS = ("train", "val", "test")
 
 
@@ -50,6 +53,27 @@ def find_columns(header: list[str], survival: bool) -> dict[str, int] | str:
     if {"id", "label"} <= set(named):
         return named
     return f"the columns {', '.join(header)} are not understood. Accepted forms: {FORMS_CLASSIFICATION}."
+
+
+def find_multilabel_columns(header: list[str], names: tuple[str, ...]) -> dict[str, int] | str:
+    """Maps the roles id, case, split and wsi, and ``LABEL_ROLE`` + name for every label, to positions in the header.
+
+    Args:
+        header: names in the first line.
+        names: the label columns, written as in the header.
+
+    Returns:
+        The mapping, or a sentence saying what is missing.
+    """
+    missing = [name for name in names if name not in header]
+    roles = {role: at for role, at in _by_name(header).items() if role in ("id", "case", "split", "wsi")}
+    if missing or "id" not in roles:
+        absent = ", ".join([*([] if "id" in roles else ["slide (or ID)"]), *missing])
+        return (
+            f"the columns {', '.join(header)} lack {absent}. Several labels per bag need a column slide and one column "
+            "of 1, 0 or nothing (unknown) for each name in --classes."
+        )
+    return roles | {LABEL_ROLE + name: header.index(name) for name in names}
 
 
 def _by_name(header: list[str]) -> dict[str, int]:

@@ -11,6 +11,7 @@ from datasets.label_match import Matches
 from datasets.label_options import LabelOptions
 from datasets.label_table import Row, Table, rows_text
 from datasets.label_types import Fold, Sample
+from datasets.label_values import UNKNOWN, multilabel_targets, value_targets
 from datasets.splits import SplitRows
 from datasets.survival_bins import bin_of, cut_edges
 from utils.errors import Faults, UserError
@@ -43,12 +44,8 @@ class FoldBuilder:
 
     def build(self, draft: Draft, matches: Matches) -> Fold:
         """The fold of ``draft`` with the slides that were found for its csv."""
-        edges = None
-        if self.classes is None:
-            edges = self._edges(draft)
-            targets = self._survival_targets(draft, edges)
-        else:
-            targets = _class_targets(draft.table, self.classes)
+        edges = self._edges(draft) if self.options.survival else None
+        targets = self._targets(draft, edges)
         own = draft.rows.own()
         self._check_kinds(draft, matches, targets)
         bags = {split: self._bags(draft, split, matches, targets) for split in own}
@@ -66,6 +63,15 @@ class FoldBuilder:
             bin_edges=edges,
             missing=missing,
         )
+
+    def _targets(self, draft: Draft, edges: tuple[float, ...] | None) -> Targets:
+        if edges is not None:
+            return self._survival_targets(draft, edges)
+        if self.classes is not None:
+            return _class_targets(draft.table, self.classes)
+        if self.options.kind == "multilabel":
+            return multilabel_targets(draft.table, self.options.classes)
+        return value_targets(draft.table)
 
     def _bags(self, draft: Draft, split: str, matches: Matches, targets: Targets) -> tuple[Sample, ...]:
         rows = [row for row in draft.rows.own()[split] if row.number in targets]
@@ -129,7 +135,6 @@ class FoldBuilder:
 
     def _check_kinds(self, draft: Draft, matches: Matches, targets: Targets) -> None:
         """A split without slides, one class only, or no event: a fault in training, a note elsewhere."""
-        key, metric = ("event", "C-index") if self.classes is None else ("label", "AUC")
         for split, rows in draft.rows.own().items():
             kept = [row for row in rows if self.options.missing == "error" or matches.slides[row.number]]
             if rows and not kept:
@@ -138,8 +143,14 @@ class FoldBuilder:
                     "store. Compare the names in the csv with those in the store."
                 )
                 continue
-            labelled = [targets[row.number][key] for row in kept if row.number in targets]
-            lacking = _lacking(key, set(labelled)) if len(labelled) == len(kept) else ""
+            labelled = [targets[row.number] for row in kept if row.number in targets]
+            if len(labelled) == len(kept):
+                self._check_spread(draft, split, labelled)
+
+    def _check_spread(self, draft: Draft, split: str, targets: list[dict[str, float]]) -> None:
+        """Targets of a split that are all alike: a fault in training, a note elsewhere."""
+        for key, metric in self._judged():
+            lacking = _lacking(key, {target[key] for target in targets})
             if lacking and split == "train":
                 self.faults.add(
                     f"{draft.where}: the train set holds {lacking}. Add rows, or correct the labels."
@@ -149,11 +160,21 @@ class FoldBuilder:
                     f"{draft.where}: the {split} set holds {lacking}, so its {metric} is undefined."
                 )
 
+    def _judged(self) -> list[tuple[str, str]]:
+        """Keys of a target that must vary, and the metric that is undefined where they do not."""
+        if self.options.kind == "multilabel":
+            return [(name, f"AUC of {name}") for name in self.options.classes]
+        if self.options.kind == "regression":
+            return [("value", "R2")]
+        return [("event", "C-index") if self.options.survival else ("label", "AUC")]
+
 
 def _lacking(key: str, kinds: set[float]) -> str:
     if key == "event":
         return "no event (every Status is 0)" if kinds == {0} else ""
-    return "one class only" if len(kinds) == 1 else ""
+    if key in ("label", "value"):
+        return ("one class only" if key == "label" else "one value only") if len(kinds) == 1 else ""
+    return f"one value of {key} only" if kinds and len(kinds - {UNKNOWN}) < 2 else ""
 
 
 def _class_targets(table: Table, classes: Classes) -> Targets:

@@ -28,7 +28,9 @@ class LabelOptions:
     Attributes:
         csv_path: label csv, or folder of ``fold_<k>.csv``.
         datasets: task key: contains panda, brca, nsclc or call, starts with bio or surv, or any other name.
-        classes: class names in order; they override what the task key says.
+        task: "classification", "survival", "regression", "multilabel", or "auto": survival for keys that start with
+            surv, classification otherwise.
+        classes: class names in order; they override what the task key says. multilabel: the label columns.
         n_classes: number of classes, where neither ``classes`` nor the task key gives it.
         fold_start, cv_fold: folds fold_start .. cv_fold - 1 are run; cv_fold 1 is a single run.
         val_ratio: share of the training part taken as validation in k-fold; share taken as test from a csv
@@ -46,6 +48,7 @@ class LabelOptions:
 
     csv_path: str
     datasets: str = "panda"
+    task: str = "auto"
     classes: tuple[str, ...] = ()
     n_classes: int | None = None
     fold_start: int = 0
@@ -72,6 +75,7 @@ class LabelOptions:
         return cls(
             csv_path=data.csv_path,
             datasets=data.datasets,
+            task=data.task,
             classes=tuple(name.strip() for name in (data.classes or "").split(",") if name.strip()),
             n_classes=model.n_classes,
             fold_start=data.fold_start,
@@ -92,9 +96,16 @@ class LabelOptions:
         return self.datasets.lower()
 
     @property
+    def kind(self) -> str:
+        """The task with "auto" resolved: the published survival keys are surv, surv_brca, ..."""
+        if self.task != "auto":
+            return self.task
+        return "survival" if self.key.startswith("surv") else "classification"
+
+    @property
     def survival(self) -> bool:
-        """True for the published survival keys (surv, surv_brca, ...)."""
-        return self.key.startswith("surv")
+        """Whether rows have times and events."""
+        return self.kind == "survival"
 
     @property
     def bag_level(self) -> str:
@@ -130,10 +141,23 @@ class LabelOptions:
             found.append(f"n_classes is {self.n_bins}; survival needs at least 2 bins. Use --n_classes=4.")
         if len(set(self.classes)) < len(self.classes):
             found.append(f"classes names a class twice: {', '.join(self.classes)}. Name each class once.")
+        if self.kind == "multilabel":
+            found += self._multilabel_problems()
+        if self.kind == "regression" and self.classes:
+            found.append("classes is given, but a regression has none. Remove --classes.")
+        found += _outside("task", self.task, ("auto", "classification", "survival", "regression", "multilabel"))
         found += _outside("missing", self.missing, ("error", "drop"))
         found += _outside("bag_level", self.bag, ("auto", "slide", "case"))
         found += _outside("surv_bins", self.bins, ("train", "published"))
         return found
+
+
+    def _multilabel_problems(self) -> list[str]:
+        if not self.classes:
+            return ["task multilabel needs the names of the label columns, such as --classes=ER,PR,HER2."]
+        if self.n_classes not in (None, len(self.classes)):
+            return [f"classes names {len(self.classes)} labels, but n_classes is {self.n_classes}. Remove --n_classes."]
+        return []
 
 
 def _outside(name: str, value: str, choices: tuple[str, ...]) -> list[str]:

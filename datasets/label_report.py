@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,12 +22,12 @@ def split_card(cohort: Cohort, fold: Fold, counts: Mapping[str, int] | None = No
     """A table with one line per split: patients, slides, patches, bags, classes or events, missing slides."""
     header = ["split", "patients", "slides", *(["patches"] if counts is not None else []), "bags"]
     header += ["events", "censored"] if cohort.task == "survival" else []
-    names = cohort.class_names
-    header += [*names, "missing"]
+    header += [*_target_columns(cohort), "missing"]
     lines = [header]
     for split, samples in fold.splits().items():
         missing = len(fold.missing.get(split, ()))
-        lines.append([split, *(str(n) for n in _numbers(cohort, samples, counts)), str(missing)])
+        numbers = (f"{n:.6g}" if isinstance(n, float) else str(n) for n in _numbers(cohort, samples, counts))
+        lines.append([split, *numbers, str(missing)])
     chosen = "test (validation equals test)" if fold.selection == "test" else "val"
     title = f"fold {fold.index}  seed {fold.seed}  {cohort.task}  epoch chosen on: {chosen}"
     if fold.bin_edges is not None:
@@ -34,17 +35,31 @@ def split_card(cohort: Cohort, fold: Fold, counts: Mapping[str, int] | None = No
     return title + "\n" + _table(lines)
 
 
-def _numbers(cohort: Cohort, samples: Sequence[Sample], counts: Mapping[str, int] | None) -> list[int]:
+def _numbers(cohort: Cohort, samples: Sequence[Sample], counts: Mapping[str, int] | None) -> list[float]:
     slides = {slide for sample in samples for slide in sample.slides}
-    numbers = [len({sample.case for sample in samples}), len(slides)]
+    numbers: list[float] = [len({sample.case for sample in samples}), len(slides)]
     if counts is not None:
         numbers.append(sum(counts[slide] for slide in slides))
     numbers.append(len(samples))
     if cohort.task == "survival":
         events = sum(int(sample.target["event"]) for sample in samples)
         numbers += [events, len(samples) - events]
+    return numbers + _target_numbers(cohort, samples)
+
+
+def _target_columns(cohort: Cohort) -> list[str]:
+    return ["smallest", "mean", "largest"] if cohort.task == "regression" else list(cohort.class_names)
+
+
+def _target_numbers(cohort: Cohort, samples: Sequence[Sample]) -> list[float]:
+    """Bags per class or bin; multi-label: bags that have the label; regression: smallest value, mean and largest."""
+    if cohort.task == "regression":
+        values = [float(sample.target["value"]) for sample in samples]
+        return [min(values), sum(values) / len(values), max(values)] if values else [math.nan] * 3
+    if cohort.task == "multilabel":
+        return [sum(sample.target[name] == 1 for sample in samples) for name in cohort.class_names]
     labels = Counter(int(sample.target["label"]) for sample in samples)
-    return numbers + [labels[i] for i in range(cohort.n_classes)]
+    return [labels[i] for i in range(cohort.n_classes)]
 
 
 def _table(lines: list[list[str]]) -> str:
@@ -99,7 +114,8 @@ def _describe_fold(cohort: Cohort, fold: Fold) -> dict[str, Any]:
     for split, samples in fold.splits().items():
         numbers = _numbers(cohort, samples, None)
         splits[split] = dict(zip(keys, numbers[: len(keys)], strict=True))
-        splits[split]["classes"] = dict(zip(cohort.class_names, numbers[len(keys) :], strict=True))
+        kind = "values" if cohort.task == "regression" else "classes"
+        splits[split][kind] = dict(zip(_target_columns(cohort), numbers[len(keys) :], strict=True))
         splits[split]["missing"] = list(fold.missing.get(split, ()))
     return {
         "index": fold.index,

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.label_columns import SPLIT_WORDS, find_columns
+from datasets.label_columns import LABEL_ROLE, SPLIT_WORDS, find_columns, find_multilabel_columns
 from utils.errors import Faults
 
 _TCGA_CASE = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|C3[LN]-\d{5})(?=$|[-.])")
@@ -33,6 +33,8 @@ class Row:
         time: survival time in the csv's unit, None for classification.
         event: 1 if the event happened, 0 if censored, None for classification.
         wsi: slide names of the row's own list (the published WSI column), often empty.
+        labels: 1, 0 or -1 (unknown) per label of a multi-label task, else empty.
+        stratum: what random divisions spread evenly, where it is neither event nor label.
     """
 
     number: int
@@ -43,6 +45,8 @@ class Row:
     time: float | None = None
     event: int | None = None
     wsi: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+    stratum: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,20 +78,22 @@ def rows_text(numbers: Iterable[int]) -> str:
     return f"rows {shown}" + (f", ... ({len(numbers)} rows)" if len(numbers) > MOST_ROWS else "")
 
 
-def read_table(path: Path, survival: bool, faults: Faults) -> Table:
+def read_table(path: Path, survival: bool, faults: Faults, label_columns: tuple[str, ...] = ()) -> Table:
     """Reads a label csv; what is wrong with it goes into ``faults`` and the row is left out.
 
     Args:
         path: comma-separated text, UTF-8 with or without byte order mark, any line ending.
         survival: whether times and events are needed.
         faults: collects the sentences.
+        label_columns: names of the columns of a multi-label task.
     """
     lines = _read_lines(path, faults)
     empty = Table(path.name, (), frozenset())
     if not lines:
         return empty
     header = [name.strip() for name in lines[0][1]]
-    columns = _columns(path.name, header, survival, faults)
+    found = find_multilabel_columns(header, label_columns) if label_columns else find_columns(header, survival)
+    columns = _columns(path.name, header, found, faults)
     if columns is None:
         return empty
     body = []
@@ -122,7 +128,8 @@ def _read_lines(path: Path, faults: Faults) -> list[tuple[int, list[str]]]:
     return []
 
 
-def _columns(name: str, header: list[str], survival: bool, faults: Faults) -> dict[str, int] | None:
+def _columns(name: str, header: list[str], columns: dict[str, int] | str, faults: Faults) -> dict[str, int] | None:
+    """``columns``, the roles found in the header or what is wrong with it, once the header itself is sound."""
     separator = next((s for s in (";", "\t") if len(header) == 1 and s in header[0]), None)
     if separator:
         faults.add(f"{name} is separated by {separator!r}. Save it with commas.")
@@ -131,7 +138,6 @@ def _columns(name: str, header: list[str], survival: bool, faults: Faults) -> di
     if twice:
         faults.add(f"{name}: the header names {', '.join(twice)} more than once. Rename or remove one.")
         return None
-    columns = find_columns(header, survival)
     if isinstance(columns, str):
         faults.add(f"{name}: {columns}")
         return None
@@ -195,7 +201,15 @@ class _Parser:
             time=self._time(number, cells) if timed else None,
             event=self._event(number, cells) if timed else None,
             wsi=tuple(part for part in wsi if part),
+            labels=tuple(self._flag(number, cells, role) for role in self.columns if role.startswith(LABEL_ROLE)),
         )
+
+    def _flag(self, number: int, cells: list[str], role: str) -> int:
+        text = self._cell(role, cells) or ""
+        value = _number(text)
+        if text and value not in (0.0, 1.0):
+            self._bad(number, f"{role} is {text!r}. Write 1, 0, or nothing where it is not known.")
+        return int(value) if value in (0.0, 1.0) else -1
 
     def _split(self, number: int, cells: list[str]) -> str | None:
         word = self._cell("split", cells)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from datasets.label_report import split_card
 
-TaskName = Literal["classification", "survival"]
+TaskName = Literal["classification", "survival", "multilabel", "regression"]
 SPLITS = ("train", "val", "test")
 
 
@@ -22,7 +22,8 @@ class Sample:
             repeat.
         case: the patient; what splits are grouped by.
         slides: names in the store, at least one.
-        target: ``{"label": class}``, or ``{"label": bin, "time": in the csv's unit, "event": 1 or 0}``.
+        target: ``{"label": class}``; survival: ``{"label": bin, "time": in the csv's unit, "event": 1 or 0}``;
+            regression: ``{"value": number}``; multi-label: each label's name with 1, 0, or -1 for unknown.
     """
 
     id: str
@@ -65,7 +66,8 @@ class Cohort:
 
     Attributes:
         task: what is learnt.
-        class_names: names of the classes in the order of the model's outputs; for survival, of the bins.
+        class_names: names of the classes in the order of the model's outputs; for survival, of the bins; for
+            multi-label, of the labels; ("value",) for regression.
         folds: the folds to run.
         bin_edges: inner edges of the survival bins where all folds share them, else None
             (``Fold.bin_edges``).

@@ -17,7 +17,8 @@ from datasets.label_match import Matcher, Matches
 from datasets.label_options import LabelOptions
 from datasets.label_report import describe, fingerprint, write_split
 from datasets.label_table import Table, read_table
-from datasets.label_types import Cohort, Fold, Sample
+from datasets.label_types import Cohort, Fold, Sample, TaskName
+from datasets.label_values import check_values, with_label_strata, with_value_strata
 from datasets.splits import check_split, kfold, own_split
 from datasets.survival_bins import bin_names
 from utils.errors import Faults
@@ -35,6 +36,14 @@ __all__ = [
 
 MOST_NAMES = 5
 """Missing names shown in full with their nearest match."""
+
+
+UNIT_NOTES = {
+    "survival": "Survival times keep the unit of the csv (the published files: months).",
+    "regression": "Values keep the unit of the csv.",
+    "multilabel": "A bag may have several labels; an empty cell is unknown and counts nowhere.",
+}
+"""What is said of the targets of a task without classes."""
 
 
 def load_cohort(options: LabelOptions, slides: Collection[str]) -> Cohort:
@@ -60,12 +69,11 @@ def load_cohort(options: LabelOptions, slides: Collection[str]) -> Cohort:
         faults.raise_if_any()
     notes = [note for table in tables for note in table.notes]
     notes += _unused_files(options, by_fold)
-    classes = None if options.survival else find_classes(tables, options, faults)
-    notes += (
-        classes.notes
-        if classes
-        else ("Survival times keep the unit of the csv (the published files: months).",)
-    )
+    classes = find_classes(tables, options, faults) if options.kind == "classification" else None
+    notes += classes.notes if classes else (UNIT_NOTES[options.kind],)
+    if options.kind == "regression":
+        for table in tables:
+            check_values(table, faults)
     drafts = _divide(options, by_fold, faults)
     notes += [note for draft in drafts for note in draft.rows.notes]
     matches, said = _match(options, tables, slides, faults)
@@ -82,7 +90,7 @@ def _read_tables(options: LabelOptions, faults: Faults) -> dict[int, Table]:
     path = Path(options.csv_path)
     numbers = range(options.fold_start, options.cv_fold)
     if not path.is_dir():
-        return dict.fromkeys(numbers, read_table(path, options.survival, faults))
+        return dict.fromkeys(numbers, _read_table(path, options, faults))
     present = sorted(file.name for file in path.glob("fold_*.csv"))
     absent = [f"fold_{k}.csv" for k in numbers if f"fold_{k}.csv" not in present]
     if absent:
@@ -92,7 +100,14 @@ def _read_tables(options: LabelOptions, faults: Faults) -> dict[int, Table]:
             "of files."
         )
         return {}
-    return {k: read_table(path / f"fold_{k}.csv", options.survival, faults) for k in numbers}
+    return {k: _read_table(path / f"fold_{k}.csv", options, faults) for k in numbers}
+
+
+def _read_table(path: Path, options: LabelOptions, faults: Faults) -> Table:
+    if options.kind == "multilabel":
+        return with_label_strata(read_table(path, False, faults, options.classes), options.classes)
+    table = read_table(path, options.survival, faults)
+    return with_value_strata(table) if options.kind == "regression" else table
 
 
 def _unused_files(options: LabelOptions, by_fold: dict[int, Table]) -> list[str]:
@@ -175,6 +190,9 @@ def _cohort(
     unique = tuple(dict.fromkeys(notes))
     if classes is not None:
         return Cohort("classification", classes.names, folds, None, unique)
+    kind: TaskName = "multilabel" if options.kind == "multilabel" else "regression"
+    if not options.survival:
+        return Cohort(kind, options.classes or ("value",), folds, None, unique)
     shared = folds[0].bin_edges if len({fold.bin_edges for fold in folds}) == 1 else None
     names = bin_names(shared) if shared else tuple(f"bin {i}" for i in range(options.n_bins))
     return Cohort("survival", names, folds, shared, unique)

@@ -80,7 +80,9 @@ def partition(
 
 
 def stratum_of(row: Row) -> object:
-    """What a random division spreads evenly: the event in survival, else the label."""
+    """What a random division spreads evenly: the event in survival, else what the row says, else the label."""
+    if row.stratum is not None:
+        return row.stratum
     return row.event if row.time is not None else row.label
 
 

@@ -52,7 +52,7 @@ class MultilabelTask(FoldFree):
 
     def labels(self, target: Target) -> Tensor:
         """(B, L)."""
-        return torch.stack([target[name] for name in self.label_names], 1)
+        return torch.stack([target[name].long() for name in self.label_names], 1)
 
     def criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
         return binary_cross_entropy(logits, labels)
