@@ -142,7 +142,7 @@ def perform(task: Task, reader: PatchReader) -> Iterator[Images]:
             patch = next(patches)
             if isinstance(patch, RegionError):
                 if not task.blank:
-                    raise patch
+                    raise RegionError(f"{patch} --bad_region blank stores a black image there and records it.")
                 blank.append(task.start + index)
                 patch = np.zeros((task.patch_size_px, task.patch_size_px, 3), np.uint8)
             for size in task.sizes_px:

@@ -232,6 +232,7 @@ def test_a_corrupt_region_fails_the_slide_or_stays_black(cohort: Cohort) -> None
     damage_tile(slide)
     assert cohort.run() == 1
     assert cohort.statuses() == {"a": "failed"}
+    assert "--bad_region blank" in (cohort.folder / "out" / "data_status.csv").read_text()
     assert PatchStore(cohort.folder / "out" / "data.lmdb").slides == []
     assert cohort.run("--bad_region", "blank") == 0
     with PatchStore(cohort.folder / "out" / "data.lmdb") as store:
