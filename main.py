@@ -14,6 +14,7 @@ from utils.dist import processes
 from utils.errors import UserError
 from utils.log import set_up_logging
 from utils.options import parse
+from utils.stop import STATUS, Stopped, leave_mark
 
 log = logging.getLogger("main")
 
@@ -47,7 +48,12 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "check":
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one command; returns 0, or 2 when the user's input is at fault. Other errors keep their traceback."""
+    """Runs one command.
+
+    Returns:
+        0; 2 when the user's input is at fault; 75 when the run was asked to stop and has saved; 130 behind a second
+        Ctrl-C. Other errors keep their traceback.
+    """
     set_up_logging()
     known = bool(argv) and argv[0] in COMMANDS
     command, rest = (COMMANDS[argv[0]], argv[1:]) if known else (train, argv)
@@ -60,6 +66,13 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         log.error("error: %s", error)
         return 2
+    except Stopped:
+        log.info("stopped as asked; the same command goes on")
+        leave_mark()
+        return STATUS
+    except KeyboardInterrupt:
+        log.error("interrupted")
+        return 130
     return 0
 
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from datasets.bags import Bags, EvalParts, TrainBags, collate
 from utils.errors import UserError
+from utils.stop import ignore_stop_signals
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,9 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
             samples from the start of the shuffle.
         epochs: first epoch and the one behind the last.
         start_step: steps of the first epoch that were done already.
-    """
         strata: class of each sample; an epoch then draws ``count`` samples with replacement, every class equally
             often. None: every sample once.
+    """
 
     def __init__(
         self,
@@ -63,8 +64,8 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
         drop_last: bool = True,
         epochs: tuple[int, int] = (0, 1),
         start_step: int = 0,
-    ) -> None:
         strata: Sequence[int] | None = None,
+    ) -> None:
         self.count, self.batch_size, self.rank, self.world, self.seed = count, batch_size, rank, world, seed
         self.drop_last, self.epochs, self.start_step, self.strata = drop_last, epochs, start_step, strata
         if self.steps_per_epoch == 0:
@@ -91,9 +92,9 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
     def shuffle(self, epoch: int) -> list[int]:
         """The order of the samples in ``epoch``."""
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.count, generator=generator).tolist()
         if self.strata is not None:
             return balanced_draw(self.strata, generator)
+        return torch.randperm(self.count, generator=generator).tolist()
 
     def _slice(self, order: list[int], step: int) -> list[int]:
         size = self.batch_size * self.world
@@ -106,7 +107,6 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
         return batch[self.rank * share : (self.rank + 1) * share]
 
 
-def train_loader(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -> DataLoader[Bags]:
 def balanced_draw(strata: Sequence[int], generator: torch.Generator) -> list[int]:
     """As many samples as there are, with replacement, in random order.
 
@@ -123,6 +123,7 @@ def balanced_draw(strata: Sequence[int], generator: torch.Generator) -> list[int
     return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
 
 
+def train_loader(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -> DataLoader[Bags]:
     """Batches of the training stream; workers live as long as the iterator."""
     return DataLoader(
         bags,
@@ -149,8 +150,9 @@ def eval_loader(parts: EvalParts, options: LoaderOptions, keep_workers: bool = F
 
 
 def quiet_worker(number: int) -> None:
-    """Leaves the log to the training process: a reading process says only what is wrong."""
+    """Leaves log and signals to the training process: a reading process says only what is wrong."""
     logging.disable(logging.INFO)
+    ignore_stop_signals()
 
 
 def shard(count: int, rank: int, world: int) -> Sequence[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from modules.model import bare_name
+from utils.config import Config
 from utils.errors import UserError
 from utils.files import atomic_path
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
     """Writes a checkpoint of tensors, numbers, text, lists and dictionaries."""
-    with atomic_path(path) as temporary:
-        torch.save(dict(content), temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(dict(content), file)
+        file.flush()
+        os.fsync(file.fileno())  # else a crash of the machine may leave the new name with no content behind it
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies a checkpoint, so that ``target`` is whole or absent."""
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def remove_torn(folder: Path, prefix: str) -> None:
+    """Removes what killed runs left half-written of files whose names start with ``prefix``."""
+    for path in folder.glob(f".{prefix}*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -78,10 +95,16 @@ MAY_DIFFER = {
     "log_iter",
     "save_iter",
     "wandb",
+    "tensorboard",
+    "persistence",
     "device",
     "output_path",
     "num_bootstrap",
     "always_test",
+    "save_every_min",
+    "dry_run",
+    "profile",
+    "debug",
 }
 """Options that change neither the weights nor the chosen epoch, so a run may go on with other values."""
 
@@ -92,6 +115,7 @@ def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path
     Raises:
         UserError: naming the options that differ.
     """
+    stored = {**Config().flat(), **stored}  # an option that is younger than the checkpoint had its default then
     differing = [k for k in {**stored, **now} if k not in MAY_DIFFER and stored.get(k) != now.get(k)]
     if differing:
         listing = ", ".join(f"{k} {stored.get(k)!r} -> {now.get(k)!r}" for k in sorted(differing))

@@ -13,6 +13,7 @@ from datasets.views import Renderer
 from engine.learner import Precision
 from modules.model import SlideModel
 from utils.dist import Processes
+from utils.stop import Stopped
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ def predict(
 
     Parts of a bag are encoded as they come; only their features wait for the rest of the bag, so memory does not grow
     with the number of patches but by their features.
+
+    Raises:
+        Stopped: on all processes, when one of them was asked to stop.
     """
     model.eval()
     features: list[Tensor] = []
@@ -59,6 +63,8 @@ def predict(
     logits: list[Tensor] = []
     targets: list[dict[str, Tensor]] = []
     for host_bags in loader:
+        if processes.stop.by is not None:
+            break
         bags = host_bags.to(processes.device)
         with precision.autocast():
             inputs = bags.instances if renderer is None else renderer(bags.instances)
@@ -80,4 +86,7 @@ def predict(
         torch.cat(logits).cpu() if logits else torch.empty(0),
         {k: torch.cat([t[k] for t in targets]) for k in names},
     )
-    return Predictions.join(processes.gather(own))
+    shards = processes.gather(None if processes.stop.by is not None else own)
+    if any(shard is None for shard in shards):
+        raise Stopped("evaluation")
+    return Predictions.join(shards)

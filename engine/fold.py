@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+import torch
 from torch.utils.data import DataLoader
 
-from datasets.bags import Bags, EvalParts, TrainBags
-from datasets.label_types import Fold, Sample
-from datasets.loaders import LoaderOptions, TrainStream, eval_loader, shard, train_loader
-from engine import checkpoint, task_builder
-from engine.bootstrap import bootstrap
-from engine.evaluate import Predictions, predict
+from datasets.bags import Bags, TrainBags
+from datasets.label_types import Fold
+from datasets.loaders import TrainStream, train_loader
+from engine import memory, task_builder
+from engine.fold_files import FoldFiles
 from engine.learner import Learner
-from engine.progress import Bar, LossMeter, Meter, speed
+from engine.profiling import StepTrace
+from engine.progress import Bar, EpochMeters, speed
 from engine.records import Records
 from engine.selection import Best, EarlyStopping, Progress
 from engine.setup import Setup, build_model, describe
-from modules.model import SlideModel, average_buffers, bare_state_dict
-from utils.dist import Processes
+from engine.testing import FoldResult, Tester
+from engine.validation import Evaluator, loader_options
+from modules.model import average_buffers, load_buffers
+from utils.dist import Poll, Processes
 from utils.log import duration
 from utils.seed import seed_all, step_seed
+from utils.stop import STATUS, Stopped
 
 log = logging.getLogger(__name__)
 
 EVALUATED = {"main": ("main",), "ema": ("ema",), "both": ("main", "ema"), "both_ema": ("ema", "main")}
 """``test_type`` -> sets of weights that are evaluated; the first one decides on early stopping."""
+
+GO_ON, SAVE, STOP = 0, 1, 2
+"""What a rank wishes behind a step; the largest wish of all ranks is done."""
 
 
 class FoldRun:
@@ -45,13 +49,9 @@ class FoldRun:
         self.task = task_builder.build(setup.config, setup.cohort, fold, processes.world)
         seed_all(fold.seed)
         model, renderer = build_model(setup, self.task.outputs, fold.index)
+        needs_ema = "ema" in self.names or setup.config.data.sel_type == "ema"
         self.learner = Learner(
-            model.to(processes.device),
-            self.task,
-            renderer,
-            self.train_options,
-            processes,
-            "ema" in self.names,
+            model.to(processes.device), self.task, renderer, self.train_options, processes, needs_ema
         )
         stopping = EarlyStopping(
             self.train_options.patient,
@@ -59,58 +59,95 @@ class FoldRun:
             self.train_options.early_stopping and not self.keep_last,
         )
         self.progress = Progress(stopping, best={name: Best() for name in self.names})
-        self._resume()
+        self.files = FoldFiles(setup, fold, self.task, records.folder, processes)
+        self.evaluator = Evaluator(setup, fold, self.learner, processes)
         self.label = f"fold {fold.index + 1}/{setup.config.data.cv_fold}"
-        self._loaders: dict[str, DataLoader[Bags]] = {}
-
-    @property
-    def last_path(self) -> Path:
-        """Checkpoint behind the last finished epoch, from which a stopped run goes on."""
-        return self.records.folder / f"fold_{self.fold.index}_last.pt"
+        self._poll, self._saved_at = Poll(processes), time.monotonic()
+        self._inside: dict[str, Any] | None = None  # this rank's state inside the epoch that is gone on with
+        self._resume()
 
     def _resume(self) -> None:
-        if self.setup.config.run.resume == "never" or not self.last_path.is_file():
+        run = self.setup.config.run
+        training = run.script_mode != "test"
+        if training:
+            self.files.clear(start_anew=run.resume == "never")
+        state = None if run.resume == "never" else self.files.load_last()
+        if state is not None:
+            self.learner.load_state_dict(state)
+            self.progress.load_state_dict(state["progress"])
+        if not training:
             return
-        state = checkpoint.load(self.last_path)
-        checkpoint.check_same_run(state["config"], self.setup.config.flat(), self.last_path)
-        self.learner.load_state_dict(state)
-        self.progress.load_state_dict(state["progress"])
         self.records.forget(self.fold.index, from_epoch=self.progress.epoch)
-        log.info("fold %d goes on behind epoch %d (%s).", self.fold.index, self.progress.epoch, self.last_path)
+        if state is None:
+            return
+        done = self.progress.epoch
+        if self.progress.between_epochs:
+            self.files.save_behind_epoch(self.learner, done - 1, self._best_of(done - 1))
+            log.info("%s: goes on behind epoch %d (%s).", self.label, done, self.files.last)
+            return
+        if state["ranks"] is not None:
+            self._inside = state["ranks"][self.processes.rank]
+            for name, model in self.learner.weights().items():
+                load_buffers(model, self._inside["buffers"].get(name, {}))
+        where = f"step {self.progress.step}" if self.progress.trained is None else "its last step"
+        log.info("%s: goes on in epoch %d behind %s (%s).", self.label, done + 1, where, self.files.last)
 
     # Training
 
     def train(self) -> None:
-        """Trains until the last epoch or until early stopping, keeping the best epoch of each set of weights."""
+        """Trains until the last epoch or until early stopping, keeping the best epoch of each set of weights.
+
+        Raises:
+            Stopped: when a process was asked to stop and the state is saved.
+            UserError: when a loss is not finite or the device has too little memory.
+        """
         for line in describe(self.setup, self.learner.model, self.learner.precision):
             log.info("%s", line)
-        options = self.train_options
         if self._finished():
             log.info("%s: all %d epochs are trained already.", self.label, self.progress.epoch)
             return
+        options, first, begin = self.train_options, self.progress.epoch, time.perf_counter()
+        trace = self.records.folder / f"trace_rank{self.processes.rank}.json"
+        self.trace = StepTrace(trace if self.setup.config.run.profile else None)
         stream = self._stream()
         batches = iter(self._train_loader(stream))
-        begin, first = time.perf_counter(), self.progress.epoch
-        for epoch in range(first, options.num_epoch):
-            values = self._train_epoch(epoch, batches, stream.steps_per_epoch)
-            self.learner.end_epoch(epoch)
-            self._synchronise()
-            values |= self._validate(epoch)
-            self.progress.epoch = epoch + 1
-            per_epoch = (time.perf_counter() - begin) / (epoch + 1 - first)
-            self._report(epoch, values, per_epoch * (options.num_epoch - epoch - 1))
-            self._save(epoch)
-            if self._finished():
-                break
+        with torch.autograd.set_detect_anomaly(self.setup.config.run.debug):
+            for epoch in range(first, options.num_epoch):
+                values = self._one_epoch(epoch, batches, stream.steps_per_epoch)
+                per_epoch = (time.perf_counter() - begin) / (epoch + 1 - first)
+                self._report(epoch, values, per_epoch * (options.num_epoch - epoch - 1))
+                if self._finished():
+                    break
         if self.progress.epoch < options.num_epoch:
             log.info("%s: stopped early behind epoch %d.", self.label, self.progress.epoch)
 
+    def _one_epoch(self, epoch: int, batches: Iterator[Bags], steps: int) -> dict[str, Any]:
+        if self.progress.trained is None:
+            values = self._train_epoch(epoch, batches, steps)
+            self.learner.end_epoch(epoch)
+            self._synchronise()
+            self.progress.step, self.progress.trained = 0, values
+        values = self.progress.trained or {}
+        values = values | self._validate(epoch)
+        self.progress.finish_epoch()
+        # The line comes first: one too many is removed when the run goes on, a missing one would stay missing.
+        self.records.epoch(self.fold.index, {"epoch": epoch, **{k: v for k, v in values.items() if k != "speed"}})
+        self._save()
+        self.files.save_behind_epoch(self.learner, epoch, self._best_of(epoch))
+        return values
+
     def _finished(self) -> bool:
         done = self.progress.epoch
+        if not self.progress.between_epochs:
+            return False
         return done >= self.train_options.num_epoch or self.progress.stopping.should_stop(done - 1)
 
+    def _best_of(self, epoch: int) -> list[str]:
+        """Sets of weights of which ``epoch`` is the one to keep so far."""
+        return [name for name in self.names if self.keep_last or self.progress.best[name].epoch == epoch]
+
     def _stream(self) -> TrainStream:
-        options = self.train_options
+        options, progress = self.train_options, self.progress
         return TrainStream(
             len(self.fold.train),
             options.batch_size,
@@ -118,45 +155,63 @@ class FoldRun:
             world=self.processes.world,
             seed=self.fold.seed,
             drop_last=options.drop_last,
-            epochs=(self.progress.epoch, options.num_epoch),
+            epochs=(progress.epoch + (progress.trained is not None), options.num_epoch),
+            start_step=progress.step,
             strata=task_builder.strata(self.setup.config, self.fold.train),
         )
 
     def _train_loader(self, stream: TrainStream) -> DataLoader[Bags]:
         setup = self.setup
         bags = TrainBags(self.fold.train, setup.sources.train, setup.plan, setup.views, self.fold.seed)
-        return train_loader(bags, stream, self._loader_options(setup.config.data.num_workers))
-
-    def _loader_options(self, workers: int) -> LoaderOptions:
-        data = self.setup.config.data
-        pin = data.pin_memory and self.processes.device.type == "cuda"
-        return LoaderOptions(workers, data.prefetch_factor, pin, data.img_trans_chunk)
+        return train_loader(bags, stream, loader_options(setup, self.processes, setup.config.data.num_workers))
 
     def _train_epoch(self, epoch: int, batches: Iterator[Bags], steps: int) -> dict[str, Any]:
-        options, meter, losses = self.train_options, Meter(), LossMeter()
-        label = f"{self.label}  epoch {epoch + 1}/{options.num_epoch}"
+        meters, load = EpochMeters(), memory.Load()
+        if self._inside is not None:
+            meters.load_state_dict(self._inside["meters"], self.processes.device)
+            self._inside = None
+        label = f"{self.label}  epoch {epoch + 1}/{self.train_options.num_epoch}"
         bar = Bar(label, steps, self.setup.config.run.log_iter, self.processes.is_main)
         self.learner.model.train()
-        for step in range(steps):
-            bags = meter.wait(batches)
-            seed_all(step_seed(self.fold.seed, epoch, step, self.processes.rank))
-            group = step - step % options.accumulation_steps
-            size = min(options.accumulation_steps, steps - group)
-            loss = self.learner.step(bags, divide_by=size, update=step + 1 == group + size)
-            losses.add(loss, [self.fold.train[i].id for i in bags.index])
-            bar.step(step + 1, meter)
+        with memory.explained(load, self.setup.config, training=True):
+            for step in range(self.progress.step, steps):
+                bags = meters.speed.wait(batches)
+                ids = [self.fold.train[i].id for i in bags.index]
+                load.now(ids, sum(bags.sizes))
+                updated = self._step(epoch, step, steps, bags, ids, meters)
+                bar.step(step + 1, meters.speed)
+                self.trace.step()
+                if updated:
+                    self._heed_wishes(step + 1, meters)
         bar.close()
-        total, count = losses.total()
-        totals = self.processes.gather((total, count, meter.rate))
-        mean = sum(t for t, _, _ in totals) / max(sum(n for _, n, _ in totals), 1)
-        return {
-            "train_loss": mean,
-            "lr": self.learner.lr,
-            "train_seconds": meter.seconds,
+        self.trace.close()
+        return self._training_values(meters)
+
+    def _step(self, epoch: int, step: int, steps: int, bags: Bags, ids: list[str], meters: EpochMeters) -> bool:
+        """One batch; returns whether it ended its group of batches, so that the weights were updated."""
+        options = self.train_options
+        seed_all(step_seed(self.fold.seed, epoch, step, self.processes.rank))
+        group = step - step % options.accumulation_steps
+        size = min(options.accumulation_steps, steps - group)
+        update = step + 1 == group + size
+        meters.loss.add(self.learner.step(bags, divide_by=size, update=update), ids)
+        if update and self.learner.grad_norm is not None:
+            meters.norm.add(self.learner.grad_norm)
+        return update
+
+    def _training_values(self, meters: EpochMeters) -> dict[str, Any]:
+        total, count = meters.loss.total()
+        totals = self.processes.gather((total, count, meters.speed.rate))
+        values = {
+            "train_loss": sum(t for t, _, _ in totals) / max(sum(n for _, n, _ in totals), 1),
+            **self.learner.rates(),
+            "train_seconds": meters.speed.seconds,
             "patches_per_s": sum(rate for _, _, rate in totals),
-            "data_wait": meter.data_share,
-            "speed": speed(meter),
+            "data_wait": meters.speed.data_share,
+            "speed": speed(meters.speed),
         }
+        norm = meters.norm.mean
+        return values if norm is None else {**values, "grad_norm": norm}
 
     def _synchronise(self) -> None:
         """Averages the BatchNorm statistics of the processes, so that all of them evaluate the same model."""
@@ -164,88 +219,73 @@ class FoldRun:
             for model in self.learner.weights().values():
                 average_buffers(model)
 
+    # Going on later
+
+    def _heed_wishes(self, step: int, meters: EpochMeters) -> None:
+        """Behind an update: saves when it is time, or when a process was asked to stop."""
+        minutes = self.setup.config.run.save_every_min
+        due = self.processes.is_main and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
+        wish = self._poll.ask(STOP if self.processes.stop.by else SAVE if due else GO_ON)
+        if wish == GO_ON:
+            return
+        self._poll.forget()
+        self.progress.step = step
+        buffers: dict[str, Any] = {}
+        if self.processes.world > 1:  # inside an epoch the BatchNorm statistics differ between processes
+            weights = self.learner.weights()
+            buffers = {n: {k: v.cpu() for k, v in m.named_buffers()} for n, m in weights.items()}
+        own = {"meters": meters.state_dict(), "buffers": buffers}
+        self._save(self.processes.gather(own))
+        if wish == STOP:
+            self._say_stopped(f"step {step} of epoch {self.progress.epoch + 1}")
+            raise Stopped
+
+    def _save(self, ranks: list[Any] | None = None) -> None:
+        self.files.save_last(self.learner, self.progress.state_dict(), ranks)
+        self._saved_at = time.monotonic()
+
+    def _say_stopped(self, where: str) -> None:
+        by = next((by for by in self.processes.gather(self.processes.stop.by) if by), "a signal")
+        log.info(
+            "%s: %s: saved behind %s in %s. The same command goes on from there. Exit status %d.",
+            self.label,
+            by,
+            where,
+            self.files.last,
+            STATUS,
+        )
+
     # Validation
 
     def _validate(self, epoch: int) -> dict[str, Any]:
+        """Validation values of the epoch. Nothing is recorded before all predictions are there, so it can be redone."""
+        splits = ("val", "test") if self.eval_options.always_test else ("val",)
+        try:
+            seen = {(name, split): self.evaluator.predict(name, split) for name in self.names for split in splits}
+        except Stopped:
+            self._save()
+            self._say_stopped(f"the training of epoch {epoch + 1}")
+            raise
         values: dict[str, Any] = {}
         for name in self.names:
             suffix = "" if name == "main" else f"_{name}"
-            predictions = self._predict(name, "val")
+            predictions = seen[name, "val"]
             metrics = self.task.statistics(predictions.logits, predictions.target).point()
             loss = float(self.task.loss(predictions.logits, predictions.target))
             values |= {f"val_{k}{suffix}": v for k, v in metrics.values.items()} | {f"val_loss{suffix}": loss}
             chosen = metrics.values[self.task.selection]
-            if self.progress.best[name].update(chosen, loss, epoch) or self.keep_last:
-                self._save_best(name, epoch)
+            self.progress.best[name].update(chosen, loss, epoch)
             if name == self.names[0]:
                 self.progress.stopping.update(chosen)
                 for note in metrics.notes if epoch == 0 else ():
                     log.info("%s  validation: %s", self.label, note)
-            if self.eval_options.always_test:
-                tested = self._predict(name, "test")
+            if (name, "test") in seen:
+                tested = seen[name, "test"]
                 point = self.task.statistics(tested.logits, tested.target).point()
                 values |= {f"te_{k}{suffix}": v for k, v in point.values.items()}
         return values
 
-    def _predict(self, name: str, split: str) -> Predictions:
-        learner = self.learner
-        model: SlideModel = learner.weights()[name]
-        return predict(model, self._eval_loader(split), learner.renderer, learner.precision, self.processes)
-
-    def _eval_loader(self, split: str) -> DataLoader[Bags]:
-        if split not in self._loaders:
-            data, setup = self.setup.config.data, self.setup
-            samples: Sequence[Sample] = getattr(self.fold, split)
-            mine = shard(len(samples), self.processes.rank, self.processes.world)
-            parts = EvalParts(samples, setup.sources.test, self._part_size(), mine)
-            workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
-            self._loaders[split] = eval_loader(parts, self._loader_options(workers), keep_workers=True)
-        return self._loaders[split]
-
-    def _part_size(self) -> int:
-        """Instances that are read and encoded at a time in evaluation; features need no parts."""
-        return self.eval_options.p_batch_size_v if self.setup.encoder is not None else 1 << 40
-
-    # Files
-
-    def best_path(self, name: str) -> Path:
-        """Checkpoint of the best epoch: ``fold_<k>_model_best.pt``, ``fold_<k>_ema_model_best.pt`` for the EMA."""
-        middle = "" if name == "main" else f"{name}_"
-        return self.records.folder / f"fold_{self.fold.index}_{middle}model_best.pt"
-
-    def _identity(self, epoch: int) -> dict[str, Any]:
-        """What every checkpoint says about itself."""
-        return {
-            "epoch": epoch,
-            "k": self.fold.index,
-            "config": self.setup.config.flat(),
-            "task": self.task.name,
-            "task_facts": self.task.facts(),
-            "classes": list(self.setup.cohort.class_names),
-            "bin_edges": list(self.fold.bin_edges) if self.fold.bin_edges else None,
-        }
-
-    def _save_best(self, name: str, epoch: int) -> None:
-        if not self.processes.is_main:
-            return
-        weights = {k: bare_state_dict(m) for k, m in self.learner.weights().items()}
-        content: dict[str, Any] = {"teacher": weights.get("ema"), **self._identity(epoch)}
-        if name == "main":
-            content["model"] = weights["main"]
-        checkpoint.save(self.best_path(name), content)
-
-    def _save(self, epoch: int) -> None:
-        if not self.processes.is_main:
-            return
-        state = {**self.learner.state_dict(), **self._identity(epoch), "progress": self.progress.state_dict()}
-        checkpoint.save(self.last_path, state)
-        every = self.setup.config.run.save_iter
-        if every > 0 and (epoch + 1) % every == 0:
-            checkpoint.save(self.records.folder / f"fold_{self.fold.index}_epoch_{epoch}_model.pt", state)
-
     def _report(self, epoch: int, values: dict[str, Any], remaining: float) -> None:
-        shown = values.pop("speed")
-        self.records.epoch(self.fold.index, {"epoch": epoch, **values})
         name = self.task.selection
         suffix = "" if self.names[0] == "main" else f"_{self.names[0]}"
         log.info(
@@ -256,7 +296,7 @@ class FoldRun:
             values["train_loss"],
             name,
             values[f"val_{name}{suffix}"],
-            shown,
+            values["speed"],
             duration(remaining),
         )
 
@@ -265,74 +305,4 @@ class FoldRun:
     def test(self) -> FoldResult:
         """Tests the best epoch of each evaluated set of weights; writes the predictions."""
         self.processes.barrier()
-        results = {}
-        logits = {}
-        for name in self.names:
-            path = self.best_path(name)
-            content = checkpoint.load(path)
-            weights = content["model"] if name == "main" else content["teacher"]
-            checkpoint.load_weights(self.learner.weights()[name], weights, path)
-            predictions = self._predict(name, "test")
-            statistics = self.task.statistics(predictions.logits, predictions.target)
-            estimates = bootstrap(statistics, self.fold.index, self.eval_options.num_bootstrap)
-            results[name] = {
-                "epoch": content["epoch"],
-                "metrics": estimates.as_dict(),
-                "notes": estimates.notes,
-                "report": self.task.report(predictions.logits, predictions.target),
-            }
-            logits[name] = replace(predictions, logits=self.task.comparable(predictions.logits))
-            self._write_predictions(name, predictions)
-            chosen = estimates[self.task.selection]
-            log.info(
-                "%s  test (%s weights of epoch %d, %s)  %s %.4f [%.4f, %.4f]",
-                self.label,
-                name,
-                content["epoch"] + 1,
-                "the last" if self.keep_last else f"chosen on {self.fold.selection}",
-                self.task.selection,
-                chosen.value,
-                chosen.low,
-                chosen.high,
-            )
-            for line in results[name]["report"].pop("lines", ()):
-                log.info("%s    %s", self.label, line)
-        selected_on = "none" if self.keep_last else self.fold.selection
-        return FoldResult(self.fold, self.progress.epoch, selected_on, results, logits)
-
-    def _write_predictions(self, name: str, predictions: Predictions) -> None:
-        scores = self.task.scores(predictions.logits)
-        table = scores.tolist() if scores.ndim == 2 else [[s] for s in scores.tolist()]
-        samples = [self.fold.test[int(i)] for i in predictions.index]
-        targets = list(predictions.target)
-        rows = [
-            [s.id, s.case, *(_number(predictions.target[t][i]) for t in targets), *table[i]]
-            for i, s in enumerate(samples)
-        ]
-        suffix = "" if name == "main" else f"_{name}"
-        self.records.table(
-            f"fold_{self.fold.index}_test{suffix}_predictions.csv", ["id", "case", *targets, *self.task.columns], rows
-        )
-
-
-@dataclass(frozen=True)
-class FoldResult:
-    """What a fold gives to the summary.
-
-    Attributes:
-        fold: its samples and seed.
-        epochs: epochs trained.
-        selected_on: split that chose the epoch: "val", "test", or "none" where the last one was kept.
-        test: for each evaluated set of weights: chosen epoch, metrics with intervals, notes.
-        predictions: logits and targets behind the metrics, comparable between folds, for pooling.
-    """
-
-    fold: Fold
-    epochs: int
-    selected_on: str
-    test: dict[str, dict[str, Any]]
-    predictions: dict[str, Predictions]
-
-
-def _number(value: Tensor) -> float | int:
-    return value.item()
+        return Tester(self.evaluator, self.files, self.records).test(self.names, self.progress.epoch, self.label)

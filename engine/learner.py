@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from engine.tasks import Task
 from modules.model import SlideModel, bare_state_dict
 from utils.config import TrainConfig
 from utils.dist import Processes
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,22 +77,26 @@ class Learner:
         cuda = processes.device.type == "cuda"
         if options.sync_bn and processes.world > 1 and cuda:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        elif options.sync_bn:
+            log.info("sync_bn has no effect here: it needs several processes, each with its GPU.")
         self.model: SlideModel = model
         self.ema = ModelEmaV3(model, decay=options.mm) if with_ema else None
-        self.optimizer = build_optimizer(model.parameters(), options, fused=cuda)
+        self.optimizer = build_optimizer(model, options, fused=cuda)
         self.schedule = build_schedule(self.optimizer, options)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.precision.needs_scaling)
         self.loss_weights = _loss_weights(model, options)
         if options.torchcompile and model.encoder is not None:
-            model.encoder.compile()
+            model.encoder.compile(mode=options.torchcompile_mode)
+        self.grad_norm: Tensor | None = None
         self.wrapped: SlideModel | DistributedDataParallel = model
         if processes.world > 1:
             ids = [processes.device.index] if cuda else None
             self.wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
-    @property
-    def lr(self) -> float:
-        return float(self.optimizer.param_groups[0]["lr"])
+    def rates(self) -> dict[str, float]:
+        """Learning rates: ``lr`` of the head, and ``lr_encoder`` where an encoder is trained."""
+        groups = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
+        return {"lr" if name == "head" else f"lr_{name}": rate for name, rate in groups.items()}
 
     def step(self, bags: Bags, divide_by: int, update: bool) -> Tensor:
         """Forward and backward of one batch, and the update of the weights at the end of a group of batches.
@@ -126,7 +133,7 @@ class Learner:
     def _update(self) -> None:
         if self.options.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
+            self.grad_norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
@@ -15,11 +15,33 @@ LEAST_LR = 1e-7
 """Where the cosine ends (published value)."""
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], options: TrainConfig, fused: bool) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, options: TrainConfig, fused: bool) -> torch.optim.Optimizer:
     """Adam (decay in the gradient) or AdamW (decoupled decay) over all trainable parameters."""
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[options.opt]
-    trainable = [p for p in parameters if p.requires_grad]
-    return kind(trainable, lr=options.lr, weight_decay=options.weight_decay, fused=fused)
+    return kind(parameter_groups(model, options), lr=options.lr, fused=fused)
+
+
+def parameter_groups(model: nn.Module, options: TrainConfig) -> list[dict[str, Any]]:
+    """Groups ``encoder`` and ``head``, each with its learning rate.
+
+    Weight decay is that of the options on every parameter, as published; without ``decay_all`` those of one dimension
+    (norms, biases, alpha) form groups of their own without decay.
+    """
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "encoder" if name.startswith("encoder.") else "head"
+            groups.setdefault((part, options.decay_all or parameter.ndim > 1), []).append(parameter)
+    rates = {"head": options.lr, "encoder": options.lr if options.encoder_lr is None else options.encoder_lr}
+    return [
+        {
+            "params": members,
+            "name": part,
+            "lr": rates[part],
+            "weight_decay": options.weight_decay if decays else 0.0,
+        }
+        for (part, decays), members in groups.items()
+    ]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: TrainConfig) -> Scheduler | None:

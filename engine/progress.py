@@ -51,6 +51,40 @@ class LossMeter:
         self.check()
         return (0.0 if self._sum is None else float(self._sum)), self._count
 
+    def state_dict(self) -> dict[str, Any]:
+        """The sum so far, exactly; raises UserError rather than let a loss that is not finite be saved."""
+        self.check()
+        return {"sum": None if self._sum is None else self._sum.cpu(), "count": self._count}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self._sum = None if state["sum"] is None else state["sum"].to(device)
+        self._count = state["count"]
+
+
+class NormMeter:
+    """Mean gradient norm of an epoch, before clipping; updates that the gradient scaler skips do not count."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | float = 0.0
+        self._count: Tensor | int = 0
+
+    def add(self, norm: Tensor) -> None:
+        """Takes the norm of one update, a scalar on the device."""
+        finite = norm.isfinite()
+        self._sum = self._sum + torch.where(finite, norm, 0.0)
+        self._count = self._count + finite.int()
+
+    @property
+    def mean(self) -> float | None:
+        """None where no norm was taken."""
+        return float(self._sum) / int(self._count) if int(self._count) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: v.cpu() if isinstance(v, Tensor) else v for k, v in (("sum", self._sum), ("count", self._count))}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self._sum, self._count = (v.to(device) if isinstance(v, Tensor) else v for v in (state["sum"], state["count"]))
+
 
 class Meter:
     """Throughput and the share of time spent waiting for data."""
@@ -72,6 +106,13 @@ class Meter:
     def seconds(self) -> float:
         return time.perf_counter() - self.begin
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.seconds, "waited": self.waited, "instances": self.instances}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.begin -= state["seconds"]
+        self.waited, self.instances = state["waited"], state["instances"]
+
     @property
     def rate(self) -> float:
         """Instances per second."""
@@ -81,6 +122,21 @@ class Meter:
     def data_share(self) -> float:
         """Share of the time spent waiting for data."""
         return self.waited / max(self.seconds, 1e-9)
+
+
+class EpochMeters:
+    """What is measured in one epoch of training."""
+
+    def __init__(self) -> None:
+        self.loss, self.norm, self.speed = LossMeter(), NormMeter(), Meter()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: meter.state_dict() for k, meter in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        self.loss.load_state_dict(state["loss"], device)
+        self.norm.load_state_dict(state["norm"], device)
+        self.speed.load_state_dict(state["speed"])
 
 
 class Bar:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -63,20 +64,34 @@ class Progress:
         epoch: epochs that are finished.
         best: the best epoch of each evaluated set of weights ("main", "ema").
         stopping: the early-stopping counter.
+        step: steps that are done of the epoch that is not finished.
+        trained: that epoch's training values when all its steps are done and only its validation is not.
     """
 
     stopping: EarlyStopping
     epoch: int = 0
     best: dict[str, Best] = field(default_factory=dict)
+    step: int = 0
+    trained: dict[str, Any] | None = None
 
-    def state_dict(self) -> dict[str, object]:
+    @property
+    def between_epochs(self) -> bool:
+        """Whether the weights are those behind the last finished epoch."""
+        return self.step == 0 and self.trained is None
+
+    def finish_epoch(self) -> None:
+        self.epoch, self.step, self.trained = self.epoch + 1, 0, None
+
+    def state_dict(self) -> dict[str, Any]:
         return {
             "epoch": self.epoch,
+            "step": self.step,
+            "trained": self.trained,
             "best": {k: asdict(v) for k, v in self.best.items()},
             "stopping": {"best": self.stopping.best, "waited": self.stopping.waited},
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        self.epoch = state["epoch"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.step, self.trained = state["epoch"], state.get("step", 0), state.get("trained")
         self.best = {k: Best(**v) for k, v in state["best"].items()}
         self.stopping.best, self.stopping.waited = state["stopping"]["best"], state["stopping"]["waited"]

@@ -129,7 +129,7 @@ def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Rend
         what = f"encoder {setup.encoder}" if setup.encoder else "the feature files"
         raise UserError(f"input_dim is {options.input_dim}, but {what} gives {width}. Remove --input_dim.")
     mil = build_mil(setup.mil, width, outputs, options)
-    model = SlideModel(mil, encoder, train.p_batch_size, options.freeze_enc)
+    model = SlideModel(mil, encoder, train.p_batch_size, options.freeze_enc, train.grad_checkpointing)
     if train.channels_last and encoder is not None:
         for parameter in encoder.parameters():
             if parameter.ndim == 4:

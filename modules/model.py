@@ -5,10 +5,13 @@ Shapes: B bags, P instances of all bags one behind another, N instances of the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -21,15 +24,23 @@ class SlideModel(nn.Module):
         encoder: ``encoder(patches (P, 3, H, W)) -> (P, D)``; None for features.
         chunk: patches per encoder call in training. BatchNorm statistics are those of one call.
         freeze_encoder: keep the encoder in eval mode and without gradients.
+        recompute: keep the activations of one encoder call only and compute those of the others again in the backward
+            pass, so that memory grows with ``chunk`` and no longer with the bag. Results stay the same.
     """
 
     def __init__(
-        self, mil: nn.Module, encoder: nn.Module | None = None, chunk: int = 512, freeze_encoder: bool = False
+        self,
+        mil: nn.Module,
+        encoder: nn.Module | None = None,
+        chunk: int = 512,
+        freeze_encoder: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.encoder = encoder
         self.mil = mil
         self.chunk = chunk
+        self.recompute = recompute
         self.freeze_encoder = freeze_encoder and encoder is not None
         if self.freeze_encoder and encoder is not None:
             encoder.requires_grad_(False)
@@ -76,7 +87,20 @@ class SlideModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             if len(instances) <= self.chunk:
                 return self.encoder(instances)
-            return torch.cat([self.encoder(part) for part in instances.split(self.chunk)])
+            parts = instances.split(self.chunk)
+            if not (self.recompute and self.training and torch.is_grad_enabled()):
+                return torch.cat([self.encoder(part) for part in parts])
+            again = [self._recomputed(part) for part in parts[:-1]]  # the last one's backward pass comes first anyway
+            return torch.cat([*again, self.encoder(parts[-1])])
+
+    def _recomputed(self, part: Tensor) -> Tensor:
+        features: Tensor = checkpoint(
+            self.encoder,
+            part,
+            use_reentrant=False,
+            context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(self.encoder)),
+        )
+        return features
 
     def aggregate(
         self,
@@ -119,6 +143,27 @@ def bare_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def bare_name(name: str) -> str:
     """``module.encoder._orig_mod.model.conv1.weight`` -> ``encoder.model.conv1.weight``."""
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+
+
+@contextlib.contextmanager
+def frozen_statistics(model: nn.Module | None) -> Iterator[None]:
+    """BatchNorm layers normalise by the batch as before but do not count it into their running statistics."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if model else []
+    for layer in layers:
+        layer.track_running_stats = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.track_running_stats = True
+
+
+def load_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Sets buffers by name, in place."""
+    own = dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
 
 
 def average_buffers(model: nn.Module) -> None:

@@ -72,6 +72,19 @@ class DataConfig:
     mul_scale_input: bool = option(False, "training bags from two magnifications")
     mul_scale_ratio: float = option(2.0, "low-magnification share of a bag is 1 / ratio")
     same_psize: int = option(0, "patches (or features) per training bag; 0: all")
+    max_patch_train: int | None = option(None, "upper limit of the patches per training bag, besides same_psize")
+    sel_type: str = option(
+        "random",
+        "how a training bag's patches are chosen; ema: the EMA model looks at all of them and each attention head "
+        "votes for its favourites",
+        ("random", "ema"),
+    )
+    num_group_1d: int | None = option(
+        None, "take at least one patch from each of n equal intervals of the bag, then random ones"
+    )
+    num_group_2d: int | None = option(
+        None, "the same with the cells of an n x n grid over the slide (needs coordinates)"
+    )
     same_psize_pad_type: str = option(
         "zero",
         "features: what becomes of bags shorter than same_psize; random: random duplicates fill them up; zero, none: "
@@ -173,7 +186,9 @@ class TrainConfig:
     aux_alpha: float | None = option(None, "weight of the head's auxiliary loss; default: the MIL head's own, else 0")
     opt: str = option("adam", "optimiser", ("adam", "adamw"))
     lr: float = option(2e-4, "learning rate")
-    weight_decay: float = option(1e-5, "weight decay of every parameter")
+    encoder_lr: float | None = option(None, "learning rate of the encoder; default: lr")
+    weight_decay: float = option(1e-5, "weight decay of every parameter, norms and biases included")
+    decay_all: bool = option(True, "--no_decay_all spares norms and biases the weight decay")
     lr_sche: str = option("cosine", "schedule per epoch; step: x 0.2 at half time", ("cosine", "step", "const"))
     warmup_epochs: int = option(0, "linear warm-up inside the schedule")
     warmup_lr: float = option(1e-6, "learning rate of the first warm-up epoch")
@@ -184,6 +199,14 @@ class TrainConfig:
     sync_bn: bool = option(False, "batch statistics over all processes")
     channels_last: bool = option(False, "channels-last memory format of the encoder")
     torchcompile: bool = option(False, "compile the encoder")
+    torchcompile_mode: str = option(
+        "default", "what torch.compile optimises for", ("default", "reduce-overhead", "max-autotune")
+    )
+    grad_checkpointing: bool = option(
+        False,
+        "keep the activations of one encoder call of p_batch_size patches and compute the others again in the backward "
+        "pass: less memory, more time, the same result",
+    )
     drop_last: bool = option(True, "drop the last incomplete training batch")
     seed: int = option(2021, "base seed")
     determ: bool = option(True, "deterministic cuDNN kernels; --no_determ lets cuDNN choose the fastest")
@@ -227,6 +250,14 @@ class RunConfig:
         "files",
         ("auto", "never"),
     )
+    save_every_min: float = option(
+        15.0, "minutes between two saves of the state inside an epoch, from which a killed run goes on; 0: only epochs"
+    )
+    dry_run: bool = option(
+        False, "try the largest bags, report memory, speed, hours and disk of the whole run, and stop"
+    )
+    debug: bool = option(False, "autograd anomaly mode: names the operation behind a NaN gradient (slow)")
+    profile: bool = option(False, "write a trace of a few training steps to trace_rank<r>.json")
     log_iter: int = option(100, "steps between two lines of the log")
     save_iter: int = option(-1, "keep a checkpoint every n epochs; -1: only best and last")
     wandb: bool = option(False, "also log to Weights & Biases; WANDB_MODE=offline works without a network")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+from utils.stop import StopRequest
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Processes:
         rank: 0 .. world - 1; rank 0 logs and writes.
         world: number of processes; 1 without torchrun.
         device: where this process computes.
+        stop: whether somebody asked this process to stop.
     """
 
     rank: int
     world: int
     device: torch.device
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def is_main(self) -> bool:
@@ -44,6 +47,30 @@ class Processes:
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier()
+
+
+class Poll:
+    """The largest wish of all ranks, known one question late so that no device waits for the answer."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+        self._pending: torch.Tensor | None = None
+
+    def ask(self, wish: int) -> int:
+        """States this rank's wish; gives the largest one of the question before, the same number on every rank.
+
+        With one process the answer is its own wish. Every rank must ask equally often.
+        """
+        if self._processes.world == 1:
+            return wish
+        answer = 0 if self._pending is None else int(self._pending)
+        self._pending = torch.tensor(wish, device=self._processes.device)
+        dist.all_reduce(self._pending, dist.ReduceOp.MAX)
+        return answer
+
+    def forget(self) -> None:
+        """Drops the question that is under way, because its wish has been granted."""
+        self._pending = None
 
 
 @contextmanager
@@ -68,7 +95,9 @@ def processes(device: str = "auto", timeout_minutes: int = 30) -> Iterator[Proce
             timeout=timedelta(minutes=timeout_minutes),
             device_id=place if cuda else None,
         )
-    yield Processes(rank, world, place)
+    own = Processes(rank, world, place)
+    with own.stop.listening():
+        yield own
     if world > 1:  # not behind an exception: the peers would be waited for, and torchrun is about to end them
         dist.destroy_process_group()
 

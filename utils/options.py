@@ -20,6 +20,7 @@ ALWAYS_DONE = {
     "prefetch": "batches are always prepared ahead",
     "prefetch_test": "batches are always prepared ahead",
     "ddp_broad_buf": "buffers are averaged by SyncBN or kept per process; nothing is broadcast",
+    "reduce_bn": "BatchNorm statistics are averaged over the processes behind every epoch",
     "log": "checkpoints are always written and the best one is always tested",
     "amp_unscale": "the gradient scaler is used with fp16 only",
 }

@@ -1,0 +1,104 @@
+"""The test of one fold: the kept epoch of each evaluated set of weights, its metrics and predictions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from datasets.label_types import Fold
+from engine.bootstrap import bootstrap
+from engine.checkpoint import load, load_weights
+from engine.evaluate import Predictions
+from engine.fold_files import FoldFiles
+from engine.records import Records
+from engine.validation import Evaluator
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What a fold gives to the summary.
+
+    Attributes:
+        fold: its samples and seed.
+        epochs: epochs trained.
+        selected_on: split that chose the epoch: "val", "test", or "none" where the last one was kept.
+        test: for each evaluated set of weights: chosen epoch, metrics with intervals, notes.
+        predictions: logits and targets behind the metrics, comparable between folds, for pooling.
+    """
+
+    fold: Fold
+    epochs: int
+    selected_on: str
+    test: dict[str, dict[str, Any]]
+    predictions: dict[str, Predictions]
+
+
+class Tester:
+    """Tests weights that training has left in files."""
+
+    def __init__(self, evaluator: Evaluator, files: FoldFiles, records: Records) -> None:
+        self.evaluator, self.files, self.records = evaluator, files, records
+        self.fold, self.task = files.fold, files.task
+        self.eval_options = files.setup.config.eval
+        self.keep_last = self.eval_options.keep_epoch == "last"
+
+    def test(self, names: Sequence[str], epochs: int, label: str) -> FoldResult:
+        """Tests the sets of weights ``names`` of a fold that was trained for ``epochs`` epochs."""
+        results = {}
+        logits = {}
+        for name in names:
+            path = self.files.best(name)
+            content = load(path)
+            weights = content["model"] if name == "main" else content["teacher"]
+            load_weights(self.evaluator.learner.weights()[name], weights, path)
+            predictions = self.evaluator.predict(name, "test")
+            statistics = self.task.statistics(predictions.logits, predictions.target)
+            estimates = bootstrap(statistics, self.fold.index, self.eval_options.num_bootstrap)
+            results[name] = {
+                "epoch": content["epoch"],
+                "metrics": estimates.as_dict(),
+                "notes": estimates.notes,
+                "report": self.task.report(predictions.logits, predictions.target),
+            }
+            logits[name] = replace(predictions, logits=self.task.comparable(predictions.logits))
+            self._write_predictions(name, predictions)
+            chosen = estimates[self.task.selection]
+            log.info(
+                "%s  test (%s weights of epoch %d, %s)  %s %.4f [%.4f, %.4f]",
+                label,
+                name,
+                content["epoch"] + 1,
+                "the last" if self.keep_last else f"chosen on {self.fold.selection}",
+                self.task.selection,
+                chosen.value,
+                chosen.low,
+                chosen.high,
+            )
+            for line in results[name]["report"].pop("lines", ()):
+                log.info("%s    %s", label, line)
+        selected_on = "none" if self.keep_last else self.fold.selection
+        return FoldResult(self.fold, epochs, selected_on, results, logits)
+
+    def _write_predictions(self, name: str, predictions: Predictions) -> None:
+        scores = self.task.scores(predictions.logits)
+        table = scores.tolist() if scores.ndim == 2 else [[s] for s in scores.tolist()]
+        samples = [self.fold.test[int(i)] for i in predictions.index]
+        targets = list(predictions.target)
+        rows = [
+            [s.id, s.case, *(_number(predictions.target[t][i]) for t in targets), *table[i]]
+            for i, s in enumerate(samples)
+        ]
+        suffix = "" if name == "main" else f"_{name}"
+        self.records.table(
+            f"fold_{self.fold.index}_test{suffix}_predictions.csv", ["id", "case", *targets, *self.task.columns], rows
+        )
+
+
+def _number(value: Tensor) -> float | int:
+    return value.item()
