@@ -168,8 +168,7 @@ def backend() -> Backend:
         log.info("JPEG codec: %s%s", chosen.name, f" (not {'; not '.join(reasons)})" if reasons else "")
         return chosen
     raise UserError(
-        f"No JPEG codec loads ({'; '.join(reasons)}). Install one that needs no system library: "
-        "pip install simplejpeg."
+        f"No JPEG codec loads ({'; '.join(reasons)}). Install one that needs no system library: pip install simplejpeg."
     )
 
 
@@ -181,9 +180,7 @@ def backend_name() -> str:
 def _check(data: bytes) -> None:
     """Refuses what is not a whole JPEG: cheap, and the same with every codec."""
     if len(data) < 4 or data[:2] != b"\xff\xd8":
-        raise JpegError(
-            f"not a JPEG: {len(data)} bytes starting with {bytes(data[:4]).hex(' ') or 'nothing'}"
-        )
+        raise JpegError(f"not a JPEG: {len(data)} bytes starting with {bytes(data[:4]).hex(' ') or 'nothing'}")
     if b"\xff\xd9" not in data[-64:]:
         raise JpegError(f"truncated JPEG: {len(data)} bytes without an end-of-image marker")
 
@@ -216,12 +213,7 @@ def decode(data: bytes, order: str = "rgb", out: Image | None = None, shrink: in
     _check(data)
     codec = backend()
     try:
-        if (
-            out is not None
-            and shrink == 1
-            and out.flags.c_contiguous
-            and codec.size(data) + (3,) == out.shape
-        ):
+        if out is not None and shrink == 1 and out.flags.c_contiguous and codec.size(data) + (3,) == out.shape:
             codec.decode_into(data, order == "bgr", out)
             return out
         image = codec.decode(data, order == "bgr", shrink)
@@ -230,9 +222,7 @@ def decode(data: bytes, order: str = "rgb", out: Image | None = None, shrink: in
     if out is None:
         return image
     if out.shape != image.shape:
-        raise JpegError(
-            f"the JPEG holds {image.shape[0]} x {image.shape[1]} px, not {out.shape[0]} x {out.shape[1]}"
-        )
+        raise JpegError(f"the JPEG holds {image.shape[0]} x {image.shape[1]} px, not {out.shape[0]} x {out.shape[1]}")
     out[...] = image
     return out
 
