@@ -58,7 +58,8 @@ lint: $(READY) ## ruff, formatting, types
 	"$(PY)" -m mypy
 
 bench: $(READY) ## the measurements behind each claim about speed
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; "$(PY)" "$$script" || exit; done
+	@for script in benchmarks/[a-z]*.py; do name=$$(basename "$$script" .py); echo "== $$name"; \
+	    "$(PY)" -m "benchmarks.$$name" || exit; done
 
 # For maintainers, with uv in the environment: solves requirements-dev.txt anew for every supported Python.
 lock: $(READY)
