@@ -26,9 +26,7 @@ def fingerprint(values: dict[str, Any]) -> str:
 
 
 def write_coords(path: Path, coords: npt.NDArray[np.int64], attributes: dict[str, Any]) -> None:
-    """Writes ``coords`` (N, 2) int64 and its attributes, whole or not at all. Attributes that are None are
-    left out.
-    """
+    """Writes ``coords`` (N, 2) int64 and its attributes, whole or not at all. Attributes that are None are left out."""
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         data = file.create_dataset("coords", data=coords, chunks=(1, 2), maxshape=(None, 2))
         for name, value in attributes.items():
@@ -37,9 +35,7 @@ def write_coords(path: Path, coords: npt.NDArray[np.int64], attributes: dict[str
 
 
 def read_attributes(path: Path) -> dict[str, Any] | None:
-    """The attributes of a file and its number of patches as ``patches``; None where it is absent or
-    damaged.
-    """
+    """The attributes of a file and its number of patches as ``patches``; None where it is absent or damaged."""
     try:
         with h5py.File(path, "r") as file:
             data = file["coords"]

@@ -2,8 +2,7 @@
 
     python CLAM/create_patches_fp.py --source SLIDES --save_dir OUT --mpp 0.5 --preset tcga --seg --patch --stitch
 
-Exit status: 0 all slides done, 1 some slide failed (see process_list_autogen.csv), 2 the options are at
-fault.
+Exit status: 0 all slides done, 1 some slide failed (see process_list_autogen.csv), 2 the options are at fault.
 """
 
 from __future__ import annotations

@@ -93,8 +93,7 @@ class _Cuts(NamedTuple):
 
 
 def _cuts(polygon: npt.NDArray[np.int64], ys: Lattice) -> _Cuts:
-    # An edge owns its lower end and not its upper one, so that a row through a vertex is counted once per
-    # side.
+    # An edge owns its lower end and not its upper one, so that a row through a vertex is counted once per side.
     start, end = np.roll(polygon, 1, axis=0), polygon
     low, high = np.minimum(start[:, 1], end[:, 1]), np.maximum(start[:, 1], end[:, 1])
     first = np.clip(_ceil_div(low - ys.start, ys.step), 0, ys.number)

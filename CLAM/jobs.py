@@ -68,9 +68,7 @@ class Job:
 
 @dataclass
 class Outcome:
-    """What happened to one slide. ``failed`` counts towards the exit status; ``facts`` are further
-    columns.
-    """
+    """What happened to one slide. ``failed`` counts towards the exit status; ``facts`` are further columns."""
 
     slide_id: str
     status: str

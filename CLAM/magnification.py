@@ -47,9 +47,7 @@ class Optics:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is read: the level, the edge read there, the edge stored, and both grids in level-0 px per
-    axis.
-    """
+    """What is read: the level, the edge read there, the edge stored, and both grids in level-0 px per axis."""
 
     level: int
     read_size_px: int

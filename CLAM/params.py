@@ -1,6 +1,4 @@
-"""The published parameters of segmentation, filtering, drawing and patching, and the presets that set
-them.
-"""
+"""The published parameters of segmentation, filtering, drawing and patching, and the presets that set them."""
 
 from __future__ import annotations
 
@@ -25,9 +23,7 @@ def _param(default: Any, text: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SlideParams:
-    """What may differ from slide to slide: a preset, an option or a row of the process list sets each
-    value.
-    """
+    """What may differ from slide to slide: a preset, an option or a row of the process list sets each value."""
 
     seg_level: int = _param(-1, "level for segmentation; -1: the one best for downsample 64")
     sthresh: int = _param(8, "saturation above which a pixel is tissue, 0..255")

@@ -41,9 +41,7 @@ def draw_mask(overview: Pixels, scale: tuple[float, float], regions: Sequence[Re
 def draw_stitch(
     overview: Pixels, scale: tuple[float, float], coords: npt.NDArray[np.int64], patch_px: tuple[int, int]
 ) -> Pixels:
-    """The kept patches in their places, black elsewhere; ``coords`` (N, 2) and ``patch_px`` are level-0
-    px.
-    """
+    """The kept patches in their places, black elsewhere; ``coords`` (N, 2) and ``patch_px`` are level-0 px."""
     keep = np.zeros(overview.shape[:2], bool)
     low = np.floor(coords / scale).astype(int)
     high = np.ceil((coords + np.array(patch_px)) / scale).astype(int)

@@ -51,9 +51,7 @@ class Row:
     old_area: float | None = None
 
     def take(self, outcome: Outcome) -> None:
-        """Fills in what happened. A failed slide stays ``process`` 1, so that running the list again
-        retries it.
-        """
+        """Fills in what happened. A failed slide stays ``process`` 1, so that running the list again retries it."""
         self.status, self.todo = outcome.status, outcome.failed
         self.params = outcome.params or self.params
         self.facts = {**outcome.facts, "reason": outcome.reason}
@@ -62,8 +60,7 @@ class Row:
 
 
 def read_process_list(path: Path, base: SlideParams) -> list[Row]:
-    """Reads a list. Missing columns and empty cells take ``base``; an old-format list (column ``a``) is
-    converted.
+    """Reads a list. Missing columns and empty cells take ``base``; an old-format list (column ``a``) is converted.
 
     Raises:
         UserError: the file is missing or its rows have faults; all of them are listed.
@@ -85,8 +82,7 @@ def read_process_list(path: Path, base: SlideParams) -> list[Row]:
 
 
 def _row(record: dict[str, Any], base: SlideParams, subject: str) -> Row:
-    # The old format knew an area `a` in px of seg_level and nothing of holes; those columns take the
-    # defaults.
+    # The old format knew an area `a` in px of seg_level and nothing of holes; those columns take the defaults.
     old = record.get("a") not in (None, "")
     known = ("seg_level", "sthresh", "mthresh", "close", "use_otsu", "use_padding", "keep_ids", "exclude_ids")
     cells = {k: v for k, v in record.items() if not old or k in known}
@@ -111,9 +107,7 @@ class Ledger:
         self._written = time.monotonic()
 
     def write_now_and_then(self) -> None:
-        """Writes unless it was written just now: with 10,000 slides, a rewrite per slide would cost the
-        most.
-        """
+        """Writes unless it was written just now: with 10,000 slides, a rewrite per slide would cost the most."""
         if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
             self.write()
 

@@ -1,6 +1,4 @@
-"""Tissue given from outside (mask images, GeoJSON) and contours written as GeoJSON, as QuPath reads and
-writes it.
-"""
+"""Tissue given from outside (mask images, GeoJSON) and contours written as GeoJSON, as QuPath reads and writes it."""
 
 from __future__ import annotations
 
@@ -21,8 +19,7 @@ from utils.files import write_text
 
 MASK_SUFFIXES = (".geojson", ".json", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
 ASPECT_TOLERANCE = 0.02
-"""A mask whose proportions differ by more than 2 % from the slide's belongs to another slide or another
-crop."""
+"""A mask whose proportions differ by more than 2 % from the slide's belongs to another slide or another crop."""
 
 MAX_MASK_PX = 400_000_000
 MAX_COORDINATE = 2**30
@@ -46,8 +43,7 @@ def find_own_mask(folder: Path, name: str) -> Path:
 
 
 def read_own_regions(path: Path, slide_px: tuple[int, int]) -> Tissue:
-    """The tissue that a mask image (non-zero is tissue) or a GeoJSON (level-0 px) gives. Nothing is
-    filtered out.
+    """The tissue that a mask image (non-zero is tissue) or a GeoJSON (level-0 px) gives. Nothing is filtered out.
 
     Raises:
         UserError: the file cannot be read or does not fit the slide.

@@ -65,9 +65,7 @@ class OpenSlideSlide(Slide):
             yield from super().blocks(level, multiple_px)
 
     def _direct_tiles(self, level: int) -> JpegTiles | None:
-        """A reader of the level's JPEG tiles, if it gives OpenSlide's pixels for a tile in the middle of
-        level 0.
-        """
+        """A reader of the level's JPEG tiles, if it gives OpenSlide's pixels for a tile in the middle of level 0."""
         tiles = JpegTiles(self.path, self.level_dimensions)
         if tiles.has(level) and tiles.has(0):
             width, height = self.dimensions

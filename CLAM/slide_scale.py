@@ -6,14 +6,11 @@ import math
 from typing import Any
 
 PLAUSIBLE_MPP = (0.04, 20.0)
-"""Files claim 72 dpi (353 um/px) or 0: outside these um/px the entry is a placeholder and counts as
-missing."""
+"""Files claim 72 dpi (353 um/px) or 0: outside these um/px the entry is a placeholder and counts as missing."""
 
 
 def openslide_mpp(properties: dict[str, str]) -> tuple[float | None, str | None]:
-    """The mean um/px of x and y in OpenSlide's properties and where it stands; None where nothing
-    plausible does.
-    """
+    """The mean um/px of x and y in OpenSlide's properties and where it stands; None where nothing plausible does."""
     x, y = (positive(properties.get(f"openslide.mpp-{axis}")) for axis in "xy")
     if x and y and _plausible((x + y) / 2):
         return (x + y) / 2, "openslide.mpp"

@@ -136,8 +136,7 @@ def open_slide(path: str | Path) -> Slide:
     """Opens a slide or an ordinary image.
 
     Raises:
-        UserError: the file is missing, damaged, or of a kind that cannot be read; the message names it and
-        the reason.
+        UserError: the file is missing, damaged, or of a kind that cannot be read; the message names it and the reason.
     """
     path = Path(path)
     if not path.is_file():

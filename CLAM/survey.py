@@ -48,9 +48,7 @@ def survey(jobs: Sequence[Job]) -> list[Finding]:
 
 
 def table(findings: Sequence[Finding], most_faults: int = 10) -> str:
-    """The um/px of the cohort as text: one line per kind of slide, then the slides that cannot be read as
-    asked.
-    """
+    """The um/px of the cohort as text: one line per kind of slide, then the slides that cannot be read as asked."""
     counts = Counter(f.row for f in findings if f.row)
     lines = [f"um/px found in {len(findings)} slides:"]
     head = ("slides", "um/px", "from", "objective", "read")

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from process_list import Row
 
 MOST_TISSUE, LEAST_TISSUE = 0.9, 0.005
-"""Shares of the slide: above, background was taken for tissue; below, tissue was missed or there is hardly
-any."""
+"""Shares of the slide: above, background was taken for tissue; below, tissue was missed or there is hardly any."""
 
 OUTLIER = 3.5
 """Robust z-score (0.6745 x distance from the median / median distance) of log patch count: the usual cut."""

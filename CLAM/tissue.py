@@ -1,5 +1,4 @@
-"""Where the tissue is: saturation, median filter, threshold, closing, contours (published-behaviour
-section 12).
+"""Where the tissue is: saturation, median filter, threshold, closing, contours (published-behaviour section 12).
 
 A level is read block by block, so that the memory is that of its saturation (one byte a pixel) and not of
 its colours. A level above ``MAX_SEGMENT_PX`` is reduced on the way: a slide without a pyramid is segmented
@@ -45,9 +44,7 @@ Scale = tuple[float, float]
 
 @dataclass
 class Scan:
-    """One level, read once: its saturation for the segmentation and its colours, reduced, for the
-    pictures.
-    """
+    """One level, read once: its saturation for the segmentation and its colours, reduced, for the pictures."""
 
     level: int
     scale: Scale
@@ -111,8 +108,7 @@ def scan_level(slide: Slide, level: int, want_saturation: bool = True) -> Scan:
                 (block.x // factor, block.y // factor),
             )
     x, y = slide.level_downsamples[level]
-    # A reduced picture drops the last incomplete row and column: its scale is the factor, not the ratio of
-    # sizes.
+    # A reduced picture drops the last incomplete row and column: its scale is the factor, not the ratio of sizes.
     scale = (x * factor, y * factor)
     return Scan(level, scale, saturation, overview, (x * shrink, y * shrink), corrupt, blocks)
 
@@ -165,7 +161,7 @@ def median_above(image: Pixels, edge_px: int, threshold: int) -> Pixels:
     _, above = cv2.threshold(image, threshold, 1, cv2.THRESH_BINARY)
     depth = -1 if edge_px <= 15 else cv2.CV_16U
     count = cv2.boxFilter(above, depth, (edge_px, edge_px), normalize=False, borderType=cv2.BORDER_REPLICATE)
-    return np.where(count > edge_px**2 // 2, np.uint8(255), np.uint8(0))
+    return np.asarray(cv2.compare(count, edge_px**2 // 2, cv2.CMP_GT), np.uint8)
 
 
 def _filter_in_place(image: Pixels, halo: int, function: Callable[[Pixels], Any]) -> None:

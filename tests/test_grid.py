@@ -85,8 +85,7 @@ def _rest(grid: Grid) -> tuple[tuple[int, int], str, bool]:
 
 @pytest.mark.parametrize("seed", range(40))
 def test_lattice_equals_opencv_on_wild_polygons(seed):
-    """Self-crossing, repeated, collinear and single vertices on a tiny raster, so that points often touch
-    edges."""
+    """Self-crossing, repeated, collinear and single vertices on a tiny raster, so that points often touch edges."""
     rng = np.random.default_rng(seed)
     polygon = rng.integers(0, 12, (int(rng.integers(1, 14)), 2))
     if seed % 3 == 0:
