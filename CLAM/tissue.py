@@ -161,7 +161,7 @@ def median_above(image: Pixels, edge_px: int, threshold: int) -> Pixels:
     _, above = cv2.threshold(image, threshold, 1, cv2.THRESH_BINARY)
     depth = -1 if edge_px <= 15 else cv2.CV_16U
     count = cv2.boxFilter(above, depth, (edge_px, edge_px), normalize=False, borderType=cv2.BORDER_REPLICATE)
-    return np.asarray(cv2.compare(count, edge_px**2 // 2, cv2.CMP_GT), np.uint8)
+    return np.where(count > edge_px**2 // 2, np.uint8(255), np.uint8(0))
 
 
 def _filter_in_place(image: Pixels, halo: int, function: Callable[[Pixels], Any]) -> None:
