@@ -1,0 +1,208 @@
+"""Whole runs of main.py for every task and its options, on small feature files."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import main
+
+ROOT = Path(main.__file__).parent
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """A folder of features whose first columns carry the targets, and a csv for each task."""
+
+    folder: Path
+
+    def options(self, kind: str, out: Path, *extra: str) -> list[str]:
+        return [
+            f"--dataset_root={self.folder}",
+            f"--csv_path={self.folder / kind}.csv",
+            "--datasets=mine",
+            "--cv_fold=1",
+            "--model=abmil",
+            "--inner_dim=32",
+            "--dropout=0",
+            "--batch_size=4",
+            "--num_epoch=12",
+            "--lr=3e-3",
+            "--num_workers=0",
+            "--num_bootstrap=20",
+            "--device=cpu",
+            f"--output_path={out}",
+            *extra,
+        ]
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
+    """48 slides of 6 features: two labels and a value in [0, 3) shift three of the eight columns."""
+    folder = tmp_path_factory.mktemp("tasks")
+    (folder / "pt_files").mkdir()
+    rng = np.random.default_rng(0)
+    rows: dict[str, list[list[Any]]] = {"classes": [], "labels": [], "values": [], "survival": []}
+    for i in range(48):
+        er, pr, value = int(rng.random() < 0.5), int(rng.random() < 0.3), rng.uniform(0, 3)
+        x = rng.normal(size=(6, 8)) * 0.3
+        x[:, :3] += (2 * er, 2 * pr, value)
+        torch.save(torch.tensor(x, dtype=torch.float32), folder / "pt_files" / f"s{i}.pt")
+        split = ("train", "train", "train", "val", "test")[i % 5]
+        rows["classes"].append([f"s{i}", ("low", "mid", "high")[int(value)], split])
+        rows["labels"].append([f"s{i}", er, "" if i % 7 == 0 else pr, split])
+        rows["values"].append([f"s{i}", 100 + 20 * value, split])
+        rows["survival"].append([f"s{i}", 40 * np.exp(-value) * rng.uniform(0.8, 1.2), int(rng.random() < 0.8), split])
+    headers = {"classes": ["label"], "labels": ["ER", "PR"], "values": ["label"], "survival": ["time", "event"]}
+    for kind, lines in rows.items():
+        with (folder / f"{kind}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([["slide", *headers[kind], "split"], *lines])
+    return Cohort(folder)
+
+
+def results(out: Path) -> dict[str, Any]:
+    return json.loads((out / "default" / "default" / "results.json").read_text())
+
+
+def measured(out: Path, metric: str) -> float:
+    return results(out)["folds"][0]["test"]["main"]["metrics"][metric]["value"]
+
+
+def predictions(out: Path) -> list[dict[str, str]]:
+    with (out / "default" / "default" / "fold_0_test_predictions.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return torch.load(out / "default" / "default" / "fold_0_last.pt", weights_only=True)["model"]
+
+
+def test_regression_learns_and_predicts_in_the_unit_of_the_csv(cohort: Cohort, tmp_path: Path) -> None:
+    assert main.main(cohort.options("values", tmp_path, "--task=regression", "--num_epoch=25")) == 0
+    assert measured(tmp_path, "r2") > 0.7
+    found = results(tmp_path)
+    assert (found["task"], found["loss"], found["selection"]["metric"]) == ("regression", "mse", "r2")
+    rows = predictions(tmp_path)
+    assert all(abs(float(r["predicted"]) - float(r["value"])) < 25 for r in rows)
+    errors = [abs(float(r["predicted"]) - float(r["value"])) for r in rows]
+    assert sum(errors) / len(errors) == pytest.approx(measured(tmp_path, "mae"), rel=1e-5)
+    best = torch.load(tmp_path / "default" / "default" / "fold_0_model_best.pt", weights_only=True)
+    assert 100 < best["task_facts"]["mean"] < 160
+    assert best["task_facts"]["sd"] > 1
+
+
+def test_regression_folds_are_pooled(cohort: Cohort, tmp_path: Path) -> None:
+    assert main.main(cohort.options("values", tmp_path, "--task=regression", "--cv_fold=2", "--num_epoch=25")) == 0
+    pooled = results(tmp_path)["pooled"]["main"]["metrics"]
+    folds = results(tmp_path)["summary"]["main"]
+    assert pooled["mae"]["value"] == pytest.approx(folds["mae"]["mean"], rel=1e-5)
+    assert pooled["r2"]["value"] > 0.5
+
+
+@pytest.mark.parametrize("model", ["abmil", "dsmil"])
+def test_multilabel_learns_also_with_auxiliary_losses(cohort: Cohort, tmp_path: Path, model: str) -> None:
+    options = cohort.options(
+        "labels", tmp_path, "--task=multilabel", "--classes=ER,PR", f"--model={model}", "--loss=bce"
+    )
+    assert main.main([*options, "--num_epoch=20"]) == 0
+    assert measured(tmp_path, "auc") > 0.85
+    assert {"auc_ER", "f1_PR", "f1_macro"} <= set(results(tmp_path)["folds"][0]["test"]["main"]["metrics"])
+    assert {"ER", "PR", "p_ER", "p_PR"} <= set(predictions(tmp_path)[0])
+    assert {r["PR"] for r in predictions(tmp_path)} == {"-1", "0", "1"}
+
+
+@pytest.mark.parametrize("model", ["abmil", "dtfd"])
+def test_cox_learns(cohort: Cohort, tmp_path: Path, model: str) -> None:
+    options = cohort.options("survival", tmp_path, "--task=survival", "--loss=cox", f"--model={model}")
+    assert main.main(options) == 0
+    assert measured(tmp_path, "c_index") > 0.8
+    assert results(tmp_path)["loss"] == "cox"
+    assert "risk" in predictions(tmp_path)[0]
+
+
+def test_cox_with_one_bag_per_step_is_refused_before_training(
+    cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = cohort.options("survival", tmp_path, "--task=survival", "--loss=cox", "--batch_size=1")
+    assert main.main(options) == 2
+    assert "Raise --batch_size" in caplog.text
+
+
+def test_cox_on_two_processes_trains_what_one_process_trains(cohort: Cohort, tmp_path: Path) -> None:
+    """The risk set is the step's bags of all processes."""
+    extra = ("--task=survival", "--loss=cox", "--num_epoch=2", "--lr=1e-3")
+    assert main.main(cohort.options("survival", tmp_path / "one", *extra, "--batch_size=8")) == 0
+    command = cohort.options("survival", tmp_path / "two", *extra, "--batch_size=4")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    done = subprocess.run(
+        ["bash", str(ROOT / "train_dist.sh"), "2", *command], env=environ, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    one.pop("mil.classifier.bias")  # it shifts all risks alike, so its gradient is rounding and Adam makes steps of it
+    for name, value in one.items():
+        assert torch.allclose(value, two[name], atol=2e-5), name
+
+
+def test_grading_reports_classes_and_selects_by_quadratic_kappa(
+    cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = ("--classes=low,mid,high", "--class_weights=balanced", "--best_metric=kappa_quadratic")
+    assert main.main(cohort.options("classes", tmp_path, *extra)) == 0
+    found = results(tmp_path)
+    assert found["selection"]["metric"] == "kappa_quadratic"
+    report = found["folds"][0]["test"]["main"]["report"]
+    assert report["order"] == ["low", "mid", "high"]
+    rows = predictions(tmp_path)
+    confusion = np.zeros((3, 3), int)
+    for row in rows:
+        confusion[int(row["label"]), int(np.argmax([float(row[f"p_{c}"]) for c in report["order"]]))] += 1
+    assert report["confusion"] == confusion.tolist()
+    assert report["classes"]["mid"]["support"] == confusion[1].sum()
+    assert "> high" in caplog.text
+    best = torch.load(tmp_path / "default" / "default" / "fold_0_model_best.pt", weights_only=True)
+    assert len(best["task_facts"]["class_weights"]) == 3
+
+
+def test_class_weights_and_balanced_sampling_change_the_training(cohort: Cohort, tmp_path: Path) -> None:
+    runs = {
+        "none": [],
+        "weights": ["--class_weights=1,1,4"],
+        "sampling": ["--balanced_sampling"],
+        "ones": ["--class_weights=1,1,1"],
+    }
+    for name, extra in runs.items():
+        options = cohort.options("classes", tmp_path / name, "--classes=low,mid,high", "--num_epoch=1", *extra)
+        assert main.main(options) == 0
+    found = {name: torch.cat([v.flatten() for v in weights(tmp_path / name).values()]) for name in runs}
+    assert torch.equal(found["none"], found["ones"])
+    assert not torch.allclose(found["none"], found["weights"])
+    assert not torch.allclose(found["none"], found["sampling"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        (["--loss=asl"], "the published program never had it; give --loss=bce with --task=multilabel"),
+        (["--loss=bce"], "Remove --loss, or give --task=multilabel"),
+        (["--loss=asll"], "'asll' is not one of"),
+        (["--task=regression"], "is no number"),
+        (["--bin_metric"], "softmax probability of class 1"),
+        (["--class_weights=balance"], "give none, balanced, or 3 positive numbers"),
+    ],
+)
+def test_refusals_are_sentences(
+    cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture, extra: list[str], sentence: str
+) -> None:
+    assert main.main(cohort.options("classes", tmp_path, *extra)) == 2
+    assert sentence in caplog.text
