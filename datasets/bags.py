@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from datasets.jpeg import JpegError, decode
 from datasets.labels import Sample
+from datasets.sampling import Regions, regional_order
 from datasets.store import PatchStore
 from datasets.views import ViewPlan, share_per_chunk
 from utils.errors import UserError
@@ -178,6 +179,7 @@ class SamplingPlan:
         pad: extend a magnification that is too short with random duplicates.
         duplicates_in_head: whether those duplicates reach the MIL head or only the encoder.
         shuffle: a random order also where all instances are taken.
+        regions: regions of the bag of which each gives one instance before any gives a second; None: uniform draws.
     """
 
     total: int
@@ -185,6 +187,7 @@ class SamplingPlan:
     pad: bool = False
     duplicates_in_head: bool = True
     shuffle: bool = False
+    regions: Regions | None = None
 
     def wanted(self, scales: int) -> list[int | None]:
         """Instances per magnification, low first; None takes all."""
@@ -196,15 +199,17 @@ class SamplingPlan:
         return [low, self.total - low]
 
 
-def pick(count: int, wanted: int | None, pad: bool, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    """Draws ``wanted`` of ``count`` instances without replacement.
+def pick(
+    count: int, wanted: int | None, pad: bool, rng: np.random.Generator, regions: np.ndarray | None = None
+) -> tuple[np.ndarray, int]:
+    """Draws ``wanted`` of ``count`` instances without replacement, from each of ``regions`` (count,) first.
 
     Returns:
         The drawn positions, duplicates last, and how many of them are no duplicates.
     """
     if wanted is None:
         return np.arange(count), count
-    chosen = rng.permutation(count)[:wanted]
+    chosen = (rng.permutation(count) if regions is None else regional_order(regions, rng))[:wanted]
     if not pad or len(chosen) == wanted:
         return chosen, len(chosen)
     return np.concatenate([chosen, rng.integers(0, count, wanted - len(chosen))]), len(chosen)
@@ -241,7 +246,9 @@ class TrainBags(Dataset[Bags]):
         parts, keep, pos = [], [], []
         for source, wanted in zip(self.sources, self.plan.wanted(len(self.sources)), strict=True):
             count = bag_size(source, sample.slides)
-            picks, fresh = pick(count, count if wanted is None and self.plan.shuffle else wanted, self.plan.pad, rng)
+            regions = self._regions(source, sample, count)
+            wanted = count if wanted is None and self.plan.shuffle else wanted
+            picks, fresh = pick(count, wanted, self.plan.pad, rng, regions)
             parts.append(load_instances(source, sample.slides, picks))
             pos.append(load_positions(source, sample.slides, picks))
             keep.append(torch.arange(len(picks)) < fresh)
@@ -256,6 +263,12 @@ class TrainBags(Dataset[Bags]):
             keep=None if self.plan.duplicates_in_head or bool(kept.all()) else kept,
             pos=join([p for p in pos if p is not None]) if pos[0] is not None else None,
         )
+
+    def _regions(self, source: Source, sample: Sample, count: int) -> np.ndarray | None:
+        if self.plan.regions is None:
+            return None
+        where = load_positions(source, sample.slides, np.arange(count)) if self.plan.regions.grid else None
+        return self.plan.regions.of(count, None if where is None else where.numpy())
 
 
 class EvalParts(Dataset[Bags]):

@@ -12,10 +12,12 @@ import torch
 from datasets.label_report import describe as describe_cohort
 from datasets.label_report import write_split
 from engine.bootstrap import bootstrap, summarise
-from engine.fold import FoldResult, FoldRun
+from engine.dryrun import dry_run
+from engine.fold import FoldRun
 from engine.records import Records, environment, run_folder
 from engine.setup import Setup, prepare
 from engine.tasks import Task
+from engine.testing import FoldResult
 from engine.trackers import fold_values, open_trackers, summary_values
 from utils.config import Config
 from utils.dist import Processes
@@ -49,6 +51,9 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
     begin = time.perf_counter()
     set_precision(config)
     setup = prepare(config)
+    if config.run.dry_run:
+        dry_run(setup, processes)
+        return {}
     records = open_records(config, processes)
     for note in notes:
         log.info("%s", note)

@@ -13,7 +13,9 @@ from torch.utils.data import DataLoader
 from datasets.bags import Bags, TrainBags
 from datasets.label_types import Fold
 from datasets.loaders import TrainStream, train_loader
+from datasets.sampling import bag_limit
 from engine import memory, task_builder
+from engine.attention_sampling import check_attention_sampling
 from engine.fold_files import FoldFiles
 from engine.learner import Learner
 from engine.profiling import StepTrace
@@ -21,6 +23,7 @@ from engine.progress import Bar, EpochMeters, speed
 from engine.records import Records
 from engine.selection import Best, EarlyStopping, Progress
 from engine.setup import Setup, build_model, describe
+from engine.tasks import Task
 from engine.testing import FoldResult, Tester
 from engine.validation import Evaluator, loader_options
 from modules.model import average_buffers, load_buffers
@@ -38,6 +41,19 @@ GO_ON, SAVE, STOP = 0, 1, 2
 """What a rank wishes behind a step; the largest wish of all ranks is done."""
 
 
+def build_learner(setup: Setup, fold: Fold, task: Task, processes: Processes) -> Learner:
+    """The model of a fold with its starting weights, and what trains it."""
+    seed_all(fold.seed)
+    model, renderer = build_model(setup, task.outputs, fold.index)
+    by_attention = setup.config.data.sel_type == "ema"
+    if by_attention:
+        check_attention_sampling(setup.config.data, model.mil)
+    with_ema = by_attention or "ema" in EVALUATED[setup.config.eval.test_type]
+    learner = Learner(model.to(processes.device), task, renderer, setup.config.train, processes, with_ema)
+    learner.favoured = bag_limit(setup.config.data) if by_attention else 0
+    return learner
+
+
 class FoldRun:
     """Everything of one fold, in the order it happens: ``train()``, then ``test()``."""
 
@@ -47,12 +63,7 @@ class FoldRun:
         self.names = EVALUATED[self.eval_options.test_type]
         self.keep_last = self.eval_options.keep_epoch == "last"
         self.task = task_builder.build(setup.config, setup.cohort, fold, processes.world)
-        seed_all(fold.seed)
-        model, renderer = build_model(setup, self.task.outputs, fold.index)
-        needs_ema = "ema" in self.names or setup.config.data.sel_type == "ema"
-        self.learner = Learner(
-            model.to(processes.device), self.task, renderer, self.train_options, processes, needs_ema
-        )
+        self.learner = build_learner(setup, fold, self.task, processes)
         stopping = EarlyStopping(
             self.train_options.patient,
             min(self.train_options.max_epoch, self.train_options.num_epoch),

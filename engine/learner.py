@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datasets.bags import Bags
 from datasets.views import Renderer
+from engine.attention_sampling import favourites, reduced
 from engine.optim import build_optimizer, build_schedule
 from engine.tasks import Task
 from modules.model import SlideModel, bare_state_dict
@@ -61,6 +62,10 @@ class Learner:
         options: optimiser, schedule, precision, EMA.
         processes: this process among its peers.
         with_ema: keep an exponential moving average of the weights.
+
+    Attributes:
+        favoured: patches per bag that the attention of the EMA model chooses for a step; 0: all that the bag holds.
+        grad_norm: norm of the last update's gradient before clipping; None without clipping.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class Learner:
         if options.torchcompile and model.encoder is not None:
             model.encoder.compile(mode=options.torchcompile_mode)
         self.grad_norm: Tensor | None = None
+        self.favoured = 0
         self.wrapped: SlideModel | DistributedDataParallel = model
         if processes.world > 1:
             ids = [processes.device.index] if cuda else None
@@ -110,6 +116,9 @@ class Learner:
             The batch's loss, a detached scalar on the device.
         """
         bags = bags.to(self.processes.device)
+        if self.favoured and self.ema is not None:
+            chosen = favourites(self.ema.module, bags, self.favoured, self.renderer, self.precision)
+            bags = reduced(bags, chosen)
         hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not update and isinstance(self.wrapped, DistributedDataParallel):
             hold = self.wrapped.no_sync()

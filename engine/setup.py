@@ -12,6 +12,7 @@ from torch import nn
 from datasets.bags import SamplingPlan
 from datasets.label_options import LabelOptions
 from datasets.labels import Cohort, load_cohort
+from datasets.sampling import Regions, bag_limit
 from datasets.views import Renderer, ViewPlan
 from engine.learner import Precision
 from engine.sources import Sources, check_features, check_positions, keep_in_memory, open_sources
@@ -64,7 +65,7 @@ def prepare(config: Config) -> Setup:
             f"--image_input: patches need an encoder, and the model name {config.model.model!r} names none. "
             f"Give --model=e2e_r18_{mil}, or leave image_input out to train on features."
         )
-    positions = uses_positions(mil, config.model)
+    positions = uses_positions(mil, config.model) or data.num_group_2d is not None
     sources = open_sources(data, encoder is not None, positions)
     cohort = load_cohort(LabelOptions.from_config(data, config.model, config.train), sources.slides)
     _check_outputs(config, cohort)
@@ -84,13 +85,29 @@ def prepare(config: Config) -> Setup:
 def sampling_plan(data: DataConfig) -> SamplingPlan:
     """How many instances a training bag takes, and what becomes of short ones."""
     random = data.same_psize_pad_type == "random"
+    by_attention = data.sel_type == "ema"  # chosen on the device, from all
     return SamplingPlan(
-        total=data.same_psize,
+        total=0 if by_attention else bag_limit(data),
         low_ratio=data.mul_scale_ratio,
         pad=data.pad_enc_bs or random,
         duplicates_in_head=data.all_patch_train or random,
         shuffle=data.patch_shuffle,
+        regions=_regions(data),
     )
+
+
+def _regions(data: DataConfig) -> Regions | None:
+    groups = {"num_group_1d": data.num_group_1d, "num_group_2d": data.num_group_2d}
+    given = {name: n for name, n in groups.items() if n is not None}
+    if len(given) > 1:
+        raise UserError("num_group_1d and num_group_2d are two ways to divide a bag: give one of them.")
+    for name, n in given.items():
+        if n < 1:
+            raise UserError(f"{name} is {n}, but a bag is divided into at least 1 region")
+        if not bag_limit(data):
+            raise UserError(f"{name} chooses patches, and every patch is taken: give --same_psize too.")
+        return Regions(n, grid=name == "num_group_2d")
+    return None
 
 
 def uses_positions(mil: str, options: ModelConfig) -> bool:
@@ -145,6 +162,8 @@ def describe(setup: Setup, model: nn.Module, precision: Precision) -> Sequence[s
     if setup.views is not None:
         lines.append(setup.views.describe())
     wanted = ["all" if n is None else str(n) for n in setup.plan.wanted(len(setup.sources.train))]
+    if setup.config.data.sel_type == "ema":
+        wanted = [f"{bag_limit(setup.config.data)}, chosen from all by the attention of the EMA model"]
     scales = " low + ".join(wanted) + " high" if len(wanted) == 2 else wanted[0]
     lines.append(f"instances per training bag: {scales}; evaluation: all of the high magnification")
     lines.append(f"precision: {'float32' if precision.dtype is None else str(precision.dtype).removeprefix('torch.')}")
