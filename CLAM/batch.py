@@ -77,8 +77,4 @@ def _pool(workers: int) -> ProcessPoolExecutor:
 
 
 def _start_worker() -> None:
-    import cv2
-
-    # One slide per core: OpenCV's own threads would only fight over them.
-    cv2.setNumThreads(1)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

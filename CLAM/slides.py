@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import openslide
@@ -22,6 +23,10 @@ from PIL import Image, UnidentifiedImageError
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
+
+# Work is split over slides and processes. OpenCV's own threads would fight over the same cores, and a process forked
+# after they have started hangs in its first call of OpenCV.
+cv2.setNumThreads(1)
 
 Pixels = npt.NDArray[np.uint8]
 Box = tuple[int, int, int, int]
