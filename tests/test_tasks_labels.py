@@ -106,3 +106,18 @@ def test_the_task_option_overrides_the_key(tmp_path: Path) -> None:
     assert load(tmp_path, text, datasets="surv_mine", task="classification").task == "classification"
     text = "slide,time,event,split\na,1,1,train\nb,2,1,train\nc,3,1,train\nd,4,1,test\n"
     assert load(tmp_path, text, datasets="mine", task="survival", n_bins=2).task == "survival"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("numbers.csv", {"task": "regression"}),
+        ("several_labels.csv", {"task": "multilabel", "classes": ("ER", "PR", "HER2")}),
+    ],
+)
+def test_the_examples_load_without_a_remark_on_their_labels(name: str, values: dict[str, Any]) -> None:
+    path = Path(__file__).resolve().parent.parent / "labels" / "examples" / name
+    options = LabelOptions(csv_path=str(path), datasets="mine", cv_fold=1, **values)
+    cohort = load_cohort(options, [f"slide-{i:02d}" for i in range(1, 8)])
+    assert [len(samples) for samples in cohort.folds[0].splits().values()] == [3, 2, 2]
+    assert not any("undefined" in note for note in cohort.notes)
