@@ -11,11 +11,12 @@ import torch
 
 from datasets.label_report import describe as describe_cohort
 from datasets.label_report import write_split
+from engine import task_builder
 from engine.bootstrap import bootstrap, summarise
 from engine.dryrun import dry_run
 from engine.fold import FoldRun
 from engine.records import Records, environment, run_folder
-from engine.setup import Setup, prepare
+from engine.setup import Setup, build_model, prepare
 from engine.tasks import Task
 from engine.testing import FoldResult
 from engine.trackers import fold_values, open_trackers, summary_values
@@ -28,9 +29,12 @@ log = logging.getLogger(__name__)
 
 
 def check(config: Config) -> None:
-    """Reads and checks everything that a run would read, prints the split cards, and trains nothing."""
+    """Reads and checks everything that a run would read, builds its models, prints the split cards, trains nothing."""
     setup = prepare(config)
     show_cohort(setup)
+    for fold in setup.cohort.folds:
+        task = task_builder.build(config, setup.cohort, fold, processes=1)
+        build_model(setup, task.outputs, fold.index)
     log.info("Everything that the run reads is in order.")
 
 

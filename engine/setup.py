@@ -129,6 +129,8 @@ def _check_outputs(config: Config, cohort: Cohort) -> None:
 def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Renderer | None]:
     """The model with its starting weights, and what turns stored patches into its input.
 
+    A run that only tests takes its weights from its checkpoint, so no others are looked for.
+
     Args:
         setup: names and options.
         outputs: width of the logits.
@@ -137,8 +139,9 @@ def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Rend
     options, train = setup.config.model, setup.config.train
     encoder, renderer, width = None, None, setup.sources.width
     if setup.encoder is not None:
-        encoder = build_encoder(setup.encoder, pretrained=options.enc_pt and options.enc_init is None)
-        if options.enc_init is not None:
+        trains = setup.config.run.script_mode != "test"
+        encoder = build_encoder(setup.encoder, pretrained=trains and options.enc_pt and options.enc_init is None)
+        if trains and options.enc_init is not None:
             log.info("%s", load_encoder_weights(encoder, options.enc_init, fold))
         width = encoder.width
         renderer = Renderer(setup.config.data.crop_size, encoder.mean, encoder.std, channels_last=train.channels_last)
