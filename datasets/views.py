@@ -11,6 +11,7 @@ Shapes: P patches, S stored size in px, C output size in px.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -184,10 +185,15 @@ class Renderer:
             columns = resize_matrix(d[:, LEFT], d[:, WIDTH], sizes, d[:, FLIP_X], d[:, SHIFT_X] if shifted else None)
             rows, columns = rows.to(self.dtype).unsqueeze(1), columns.to(self.dtype).unsqueeze(1)
             x = rows @ x.to(self.dtype) @ columns.transpose(-1, -2)  # (P, 3, C, C)
-        mean = torch.tensor(self.mean, device=device).mul(255).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=device).mul(255).view(1, 3, 1, 1)
+        mean, std = _grey_levels(self.mean, device), _grey_levels(self.std, device)
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         return ((x - mean) / std).to(self.dtype, memory_format=layout)
+
+
+@functools.lru_cache(maxsize=16)
+def _grey_levels(channels: tuple[float, float, float], device: torch.device) -> Tensor:
+    """(1, 3, 1, 1) on the scale 0..255; kept, because a copy from the host makes the device wait."""
+    return torch.tensor(channels, device=device).mul(255).view(1, 3, 1, 1)
 
 
 def whole_patch(stored_px: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Learner:
         self.task, self.renderer, self.options, self.processes = task, renderer, options, processes
         self.precision = Precision.choose(options, processes.device)
         cuda = processes.device.type == "cuda"
+        if renderer is not None and cuda and self.precision.dtype is not None:
+            self.renderer = dataclasses.replace(renderer, dtype=self.precision.dtype)
         if options.sync_bn and processes.world > 1 and cuda:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         elif options.sync_bn:
