@@ -146,8 +146,8 @@ def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Rend
         width = encoder.width
         renderer = Renderer(setup.config.data.crop_size, encoder.mean, encoder.std, channels_last=train.channels_last)
     if width is None or (options.input_dim is not None and options.input_dim != width):
-        what = f"encoder {setup.encoder}" if setup.encoder else "the feature files"
-        raise UserError(f"input_dim is {options.input_dim}, but {what} gives {width}. Remove --input_dim.")
+        what = f"the features of encoder {setup.encoder}" if setup.encoder else "the feature files"
+        raise UserError(f"input_dim is {options.input_dim}, but {what} have width {width}. Remove --input_dim.")
     mil = build_mil(setup.mil, width, outputs, options)
     model = SlideModel(mil, encoder, train.p_batch_size, options.freeze_enc, train.grad_checkpointing)
     if train.channels_last and encoder is not None:
