@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -12,6 +13,8 @@ from engine.regression import REGRESSION_SELECTION, RegressionTask
 from engine.tasks import ClassificationTask, CoxTask, SurvivalTask, Task, known_metric, selection_metric
 from utils.config import Config, EvalConfig
 from utils.errors import Faults, UserError
+
+log = logging.getLogger(__name__)
 
 LOSSES = {
     "classification": ("ce",),
@@ -92,8 +95,11 @@ def build(config: Config, cohort: Cohort, fold: Fold, processes: int) -> Task:
         return MultilabelTask(cohort.class_names, _selection(options, MULTILABEL_SELECTION))
     if cohort.task == "regression":
         values = [float(s.target["value"]) for s in fold.train]
-        selection = _selection(options, REGRESSION_SELECTION)
-        return RegressionTask(statistics.fmean(values), statistics.pstdev(values), selection)
+        mean, sd = statistics.fmean(values), statistics.pstdev(values)
+        log.info(
+            "values of the training split: mean %.4g, standard deviation %.4g; the loss is in units of it", mean, sd
+        )
+        return RegressionTask(mean, sd, _selection(options, REGRESSION_SELECTION))
     classes = None if cohort.task == "survival" else cohort.n_classes
     selection = selection_metric(options.best_metric, options.best_metric_index, classes)
     if cohort.task == "classification":
@@ -144,7 +150,10 @@ def class_weights(config: Config, cohort: Cohort, train: Sequence[Sample]) -> tu
     if text != "balanced":
         return _listed_weights(text, cohort)
     counts = Counter(int(s.target["label"]) for s in train)
-    return tuple(len(train) / (len(counts) * counts[k]) if counts[k] else 1.0 for k in range(cohort.n_classes))
+    weights = tuple(len(train) / (len(counts) * counts[k]) if counts[k] else 1.0 for k in range(cohort.n_classes))
+    shown = ", ".join(f"{name} {weight:.3f}" for name, weight in zip(cohort.class_names, weights, strict=True))
+    log.info("class weights of the loss: %s", shown)
+    return weights
 
 
 def _listed_weights(text: str, cohort: Cohort) -> tuple[float, ...]:
