@@ -11,6 +11,7 @@ Shapes: B bags, P instances of all bags one behind another, S stored size in px,
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from datasets.jpeg import JpegError, decode
 from datasets.labels import Sample
@@ -88,8 +89,12 @@ class Source(Protocol):
         """Instances of one slide."""
         ...
 
-    def load(self, slide: str, picks: np.ndarray) -> Tensor:
-        """The instances ``picks`` of one slide, in that order."""
+    def room(self, count: int) -> Tensor | None:
+        """Memory for ``count`` instances to be loaded into; None where they are not copied one by one."""
+        ...
+
+    def load(self, slide: str, picks: np.ndarray, out: Tensor | None = None) -> Tensor:
+        """The instances ``picks`` of one slide, in that order; in ``out``, where it is given."""
         ...
 
 
@@ -104,24 +109,27 @@ class PixelSource:
     def count(self, slide: str) -> int:
         return self.store.counts[slide]
 
-    def load(self, slide: str, picks: np.ndarray) -> Tensor:
-        side = self.store.image_size_px
-        patches = np.empty((len(picks), side, side, 3), np.uint8)
+    def room(self, count: int) -> Tensor:
+        """(count, S, S, 3) uint8; in a reading process in shared memory, from where the training process takes it."""
+        shape = (count, self.store.image_size_px, self.store.image_size_px, 3)
+        if get_worker_info() is None:
+            return torch.empty(shape, dtype=torch.uint8)
+        storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
+        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+    def load(self, slide: str, picks: np.ndarray, out: Tensor | None = None) -> Tensor:
+        patches = self.room(len(picks)) if out is None else out
+        rows = patches.numpy()
         for row, (pick, data) in enumerate(zip(picks, self.store.read(slide, picks.tolist()), strict=True)):
             try:
-                image = decode(data, order=self.order)
+                decode(data, order=self.order, out=rows[row])
             except JpegError as error:
                 raise UserError(
-                    f"{self.store.path}: patch {pick} of slide {slide!r} is no readable JPEG ({error}). "
-                    "Run 'python -m datasets.store verify' on the store and write the slide anew."
+                    f"{self.store.path}: patch {pick} of slide {slide!r} is no JPEG of the store's size, "
+                    f"{rows.shape[1]} px: {error}. Run 'python -m datasets.store verify' on the store and write the "
+                    "slide anew, all slides with one --img_size."
                 ) from error
-            if image.shape != (side, side, 3):
-                raise UserError(
-                    f"{self.store.path}: patch {pick} of slide {slide!r} is {image.shape[1]} x {image.shape[0]} px, "
-                    f"the store's size is {side} px. Write the store with one --img_size for all slides."
-                )
-            patches[row] = image
-        return torch.from_numpy(patches)
+        return patches
 
 
 @dataclass(frozen=True)
@@ -134,10 +142,14 @@ class FeatureSource:
     def count(self, slide: str) -> int:
         return self.folder.counts[slide]
 
-    def load(self, slide: str, picks: np.ndarray) -> Tensor:
+    def room(self, count: int) -> None:
+        """Features are picked in one go, or passed on as they are mapped into memory."""
+
+    def load(self, slide: str, picks: np.ndarray, out: Tensor | None = None) -> Tensor:
         features = self.folder.read(slide)
         whole = len(picks) == len(features) and bool((picks == np.arange(len(features))).all())
-        return features if whole else features[torch.from_numpy(picks)]
+        chosen = features if whole else features[torch.from_numpy(picks)]
+        return chosen if out is None else out.copy_(chosen)
 
 
 def bag_size(source: Source, slides: Sequence[str]) -> int:
@@ -145,17 +157,18 @@ def bag_size(source: Source, slides: Sequence[str]) -> int:
     return sum(source.count(slide) for slide in slides)
 
 
-def load_instances(source: Source, slides: Sequence[str], picks: np.ndarray) -> Tensor:
+def load_instances(source: Source, slides: Sequence[str], picks: np.ndarray, out: Tensor | None = None) -> Tensor:
     """Instances ``picks`` of a bag, numbered through its slides in order; the result keeps the order of ``picks``."""
     if len(slides) == 1:
-        return source.load(slides[0], picks)
+        return source.load(slides[0], picks, out)
     ends = np.cumsum([source.count(slide) for slide in slides])
     owner = np.searchsorted(ends, picks, side="right")
     rows = [np.flatnonzero(owner == s) for s in range(len(slides))]
     begins = np.concatenate([[0], ends[:-1]])
     parts = [source.load(slides[s], picks[r] - begins[s]) for s, r in enumerate(rows) if len(r)]
     back = np.argsort(np.concatenate([r for r in rows if len(r)]))
-    return torch.cat(parts)[torch.from_numpy(back)]
+    joined = torch.cat(parts)[torch.from_numpy(back)]
+    return joined if out is None else out.copy_(joined)
 
 
 def load_positions(source: Source, slides: Sequence[str], picks: np.ndarray) -> Tensor | None:
@@ -215,8 +228,26 @@ def pick(
     return np.concatenate([chosen, rng.integers(0, count, wanted - len(chosen))]), len(chosen)
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """What one bag of a batch takes: instances of each source, and everything that was drawn with them."""
+
+    sample: Sample
+    position: int
+    picks: list[np.ndarray]
+    keep: Tensor
+    draws: Tensor | None
+    pos: Tensor | None
+
+    @property
+    def size(self) -> int:
+        return sum(len(picks) for picks in self.picks)
+
+
 class TrainBags(Dataset[Bags]):
-    """Training bags. An item is addressed by (epoch, position), so that workers need not be told the epoch.
+    """Training bags, a batch at a time, so that patches are decoded to where the batch needs them.
+
+    A bag is addressed by (epoch, position), so that workers need not be told the epoch.
 
     Args:
         samples: the training split.
@@ -239,30 +270,52 @@ class TrainBags(Dataset[Bags]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, key: tuple[int, int]) -> Bags:
-        epoch, position = key
+    def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Bags:
+        """The batch of the bags at ``keys``, each an (epoch, position)."""
+        bags = [self._draw(epoch, position) for epoch, position in keys]
+        return Bags(
+            instances=self._load(bags),
+            sizes=[bag.size for bag in bags],
+            index=[bag.position for bag in bags],
+            target=joined_targets([bag.sample.target for bag in bags]),
+            draws=self._views(bags),
+            keep=self._keep(bags),
+            pos=join([bag.pos for bag in bags if bag.pos is not None]) if bags[0].pos is not None else None,
+        )
+
+    def _draw(self, epoch: int, position: int) -> _Drawn:
         sample = self.samples[position]
         rng = np.random.default_rng([self.seed, epoch, position])
-        parts, keep, pos = [], [], []
+        chosen, keep, pos = [], [], []
         for source, wanted in zip(self.sources, self.plan.wanted(len(self.sources)), strict=True):
             count = bag_size(source, sample.slides)
             regions = self._regions(source, sample, count)
             wanted = count if wanted is None and self.plan.shuffle else wanted
             picks, fresh = pick(count, wanted, self.plan.pad, rng, regions)
-            parts.append(load_instances(source, sample.slides, picks))
-            pos.append(load_positions(source, sample.slides, picks))
+            chosen.append(picks)
             keep.append(torch.arange(len(picks)) < fresh)
-        instances = join(parts)
-        kept = torch.cat(keep)
-        return Bags(
-            instances=instances,
-            sizes=[len(instances)],
-            index=[position],
-            target=as_target(sample.target),
-            draws=None if self.views is None else torch.from_numpy(self.views.draw(len(instances), rng)),
-            keep=None if self.plan.duplicates_in_head or bool(kept.all()) else kept,
-            pos=join([p for p in pos if p is not None]) if pos[0] is not None else None,
-        )
+            pos.append(load_positions(source, sample.slides, picks))
+        draws = None if self.views is None else torch.from_numpy(self.views.draw(sum(map(len, chosen)), rng))
+        known = [p for p in pos if p is not None]
+        return _Drawn(sample, position, chosen, torch.cat(keep), draws, join(known) if known else None)
+
+    def _load(self, bags: Sequence[_Drawn]) -> Tensor:
+        room = self.sources[0].room(sum(bag.size for bag in bags))
+        parts, begin = [], 0
+        for bag in bags:
+            for source, picks in zip(self.sources, bag.picks, strict=True):
+                out = None if room is None else room[begin : begin + len(picks)]
+                parts.append(load_instances(source, bag.sample.slides, picks, out))
+                begin += len(picks)
+        return join(parts) if room is None else room
+
+    def _views(self, bags: Sequence[_Drawn]) -> Tensor | None:
+        draws = [bag.draws for bag in bags if bag.draws is not None]
+        return None if self.views is None else share_per_chunk(torch.cat(draws), self.views.crop_groups)
+
+    def _keep(self, bags: Sequence[_Drawn]) -> Tensor | None:
+        kept = torch.cat([bag.keep for bag in bags])
+        return None if self.plan.duplicates_in_head or bool(kept.all()) else kept
 
     def _regions(self, source: Source, sample: Sample, count: int) -> np.ndarray | None:
         if self.plan.regions is None:
@@ -293,39 +346,19 @@ class EvalParts(Dataset[Bags]):
             instances=load_instances(self.source, sample.slides, picks),
             sizes=[end - begin],
             index=[position],
-            target=as_target(sample.target),
+            target=joined_targets([sample.target]),
             last=end == size,
             pos=load_positions(self.source, sample.slides, picks),
         )
 
 
-def as_target(target: Mapping[str, float]) -> dict[str, Tensor]:
-    """(1,) tensors: int64 for labels and events, float64 for times and values."""
+def joined_targets(targets: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
+    """(B,) tensors by name: int64 for labels and events, float64 for times and values."""
     real = ("time", "value")
-    return {k: torch.tensor([v], dtype=torch.float64 if k in real else torch.int64) for k, v in target.items()}
-
-
-def collate(items: Sequence[Bags], crop_groups: int = 0) -> Bags:
-    """Joins bags into one batch.
-
-    Args:
-        items: bags of one batch.
-        crop_groups: with n > 0, n consecutive groups of patches share one crop and shift (published behaviour).
-    """
-    draws = None if items[0].draws is None else torch.cat([b.draws for b in items if b.draws is not None])
-    keep = None
-    if any(b.keep is not None for b in items):
-        keep = torch.cat([b.keep if b.keep is not None else torch.ones(sum(b.sizes), dtype=torch.bool) for b in items])
-    return Bags(
-        instances=join([b.instances for b in items]),
-        sizes=[n for b in items for n in b.sizes],
-        index=[i for b in items for i in b.index],
-        target={k: torch.cat([b.target[k] for b in items]) for k in items[0].target},
-        draws=None if draws is None else share_per_chunk(draws, crop_groups),
-        keep=keep,
-        last=items[-1].last,
-        pos=join([b.pos for b in items if b.pos is not None]) if items[0].pos is not None else None,
-    )
+    return {
+        name: torch.tensor([t[name] for t in targets], dtype=torch.float64 if name in real else torch.int64)
+        for name in targets[0]
+    }
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

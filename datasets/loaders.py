@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.bags import Bags, EvalParts, TrainBags, collate
+from datasets.bags import Bags, EvalParts, TrainBags
 from utils.errors import UserError
 from utils.stop import ignore_stop_signals
 
@@ -23,13 +22,11 @@ class LoaderOptions:
         workers: reading processes; 0 reads in the training process.
         prefetch: batches that each worker keeps ready.
         pin: page-locked memory for copies to a GPU.
-        crop_groups: see ``datasets.bags.collate``.
     """
 
     workers: int = 0
     prefetch: int = 2
     pin: bool = False
-    crop_groups: int = 0
 
 
 class TrainStream(Sampler[list[tuple[int, int]]]):
@@ -127,8 +124,8 @@ def train_loader(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -
     """Batches of the training stream; workers live as long as the iterator."""
     return DataLoader(
         bags,
-        batch_sampler=stream,
-        collate_fn=functools.partial(collate, crop_groups=options.crop_groups),
+        sampler=stream,
+        batch_size=None,  # the dataset takes a whole batch of keys
         num_workers=options.workers,
         prefetch_factor=options.prefetch if options.workers else None,
         pin_memory=options.pin,

@@ -35,12 +35,14 @@ class ViewPlan:
         crop_scale: lower bound of the crop's area as a share of the patch.
         stored_px: size of a stored patch.
         crop_px: size of a rendered patch; the random crop is taken only when it differs from ``stored_px``.
+        crop_groups: with n > 0, n consecutive groups of a batch share one crop and shift (published behaviour).
     """
 
     transform: str
     crop_scale: float
     stored_px: int
     crop_px: int
+    crop_groups: int = 0
 
     @property
     def flips(self) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from datasets.bags import Bags, EvalParts, TrainBags, collate
+from datasets.bags import Bags, EvalParts, TrainBags
 from datasets.label_types import Fold, Sample
 from datasets.sampling import bag_limit
 from engine import memory, task_builder
@@ -87,7 +87,7 @@ def _train_rate(setup: Setup, fold: Fold, learner: Learner, processes: Processes
     names = [fold.train[i].id for i in largest]
     data = TrainBags(fold.train, setup.sources.train, setup.plan, setup.views, fold.seed)
     begin = time.perf_counter()
-    bags = collate([data[0, i] for i in largest], setup.config.data.img_trans_chunk)
+    bags = data[[(0, i) for i in largest]]
     read = sum(bags.sizes) / (time.perf_counter() - begin)
     log.info("dry run: %d steps on %s (%d instances)", STEPS + 1, ", ".join(names), sum(bags.sizes))
     learner.model.train()

@@ -75,10 +75,11 @@ def prepare(config: Config) -> Setup:
     if positions:
         check_positions(sources, cohort)
     if data.persistence:
-        keep_in_memory(sources, cohort)
+        pin = data.pin_memory and config.run.device != "cpu" and torch.cuda.is_available()
+        keep_in_memory(sources, cohort, pin)
     views = None
     if sources.stored_px is not None:
-        views = ViewPlan(data.img_transform, data.crop_scale, sources.stored_px, data.crop_size)
+        views = ViewPlan(data.img_transform, data.crop_scale, sources.stored_px, data.crop_size, data.img_trans_chunk)
     return Setup(config, encoder, mil, sources, cohort, sampling_plan(data), views)
 
 

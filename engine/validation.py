@@ -17,10 +17,10 @@ from utils.dist import Processes
 
 
 def loader_options(setup: Setup, processes: Processes, workers: int) -> LoaderOptions:
-    """How batches are prepared for this process."""
+    """How batches are prepared for this process; features in RAM are handed on as they are, by no other process."""
     data = setup.config.data
     pin = data.pin_memory and processes.device.type == "cuda"
-    return LoaderOptions(workers, data.prefetch_factor, pin, data.img_trans_chunk)
+    return LoaderOptions(0 if data.persistence else workers, data.prefetch_factor, pin)
 
 
 class Evaluator:

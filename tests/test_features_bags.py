@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datasets.bags import Bags, EvalParts, FeatureSource, SamplingPlan, TrainBags, collate
+from datasets.bags import Bags, EvalParts, FeatureSource, SamplingPlan, TrainBags
 from datasets.features import FeatureFolder
 from datasets.label_types import Sample
 from datasets.positions import CoordinateFolder, Grid, grid_step_px
@@ -50,7 +50,7 @@ def sample(*slides: str) -> Sample:
 
 
 def bag(source: FeatureSource, plan: SamplingPlan, *slides: str, epoch: int = 0) -> Bags:
-    return TrainBags([sample(*slides)], [source], plan)[epoch, 0]
+    return TrainBags([sample(*slides)], [source], plan)[[(epoch, 0)]]
 
 
 def test_same_psize_takes_a_new_subset_every_epoch(folder: FeatureFolder) -> None:
@@ -127,7 +127,7 @@ def test_low_magnification_lies_on_the_same_grid(folder: FeatureFolder) -> None:
     high = Corners({"s1": [(256 * i, 0) for i in range(6)]})
     low = Corners({"s1": [(512 * i, 0) for i in range(6)]})
     sources = [FeatureSource(folder, Grid(low, high)), FeatureSource(folder, Grid(high, high))]
-    drawn = TrainBags([sample("s1")], sources, SamplingPlan(0))[0, 0]
+    drawn = TrainBags([sample("s1")], sources, SamplingPlan(0))[[(0, 0)]]
     assert drawn.pos is not None
     assert drawn.pos[:, 0].tolist() == [0, 2, 4, 6, 8, 10, 0, 1, 2, 3, 4, 5]
 
@@ -149,7 +149,7 @@ def test_batches_of_unequal_bags_score_as_bags_one_by_one(folder: FeatureFolder)
     corners = Corners({"s1": [(256 * i, 0) for i in range(6)], "s2": [(0, 256 * i) for i in range(4)]})
     source = FeatureSource(folder, Grid(corners, corners))
     one, two = (bag(source, SamplingPlan(5), slide) for slide in ("s1", "s2"))
-    both = collate([one, two])
+    both = TrainBags([sample("s1"), sample("s2")], [source], SamplingPlan(5))[[(0, 0), (0, 1)]]
     assert both.sizes == [5, 4]
     torch.manual_seed(0)
     for name, options in (
