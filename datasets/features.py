@@ -175,14 +175,13 @@ class FeatureFolder:
         """(N, D) features; for ``.pt`` files mapped into memory."""
         return self._kept[slide] if slide in self._kept else read_features(self.file(slide)).values
 
-    def keep_in_memory(self, slides: Iterable[str], processes: int = 1) -> int:
-        """Reads the features of ``slides`` into RAM, from where later reads take them.
-
-        Forked reading processes share them. Processes that torchrun started have copies of their own.
+    def keep_in_memory(self, slides: Iterable[str], processes: int = 1, pin: bool = False) -> int:
+        """Reads the features of ``slides`` into RAM, from where later reads take them without a copy.
 
         Args:
             slides: names.
-            processes: processes of this machine that do the same.
+            processes: processes of this machine that do the same; each has a copy of its own.
+            pin: page-locked memory, from which a GPU fetches a bag without help.
 
         Returns:
             Bytes that the features take in this process.
@@ -198,7 +197,9 @@ class FeatureFolder:
                 f"{processes} process(es), and {free / 2**30:.1f} GiB are free. Leave --persistence out: .pt files "
                 "are mapped into memory, and what fits stays there."
             )
-        self._kept |= {slide: read_features(self.file(slide)).values.clone() for slide in wanted}
+        for slide in wanted:
+            values = read_features(self.file(slide)).values
+            self._kept[slide] = values.pin_memory() if pin else values.clone()
         return sum(v.nbytes for v in self._kept.values())
 
     def check(self, slides: Iterable[str], faults: Faults) -> None:

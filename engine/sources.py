@@ -123,13 +123,13 @@ def check_positions(sources: Sources, cohort: Cohort) -> None:
     faults.raise_if_any()
 
 
-def keep_in_memory(sources: Sources, cohort: Cohort) -> None:
-    """Reads the features of the cohort into RAM; raises UserError where they do not fit."""
+def keep_in_memory(sources: Sources, cohort: Cohort, pin: bool) -> None:
+    """Reads the features of the cohort into (page-locked) RAM; raises UserError where they do not fit."""
     begin, size = time.perf_counter(), 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     folders = {id(s.folder): s.folder for s in (*sources.train, sources.test) if isinstance(s, FeatureSource)}
     for folder in folders.values():
-        size += folder.keep_in_memory(_slides(cohort), processes)
+        size += folder.keep_in_memory(_slides(cohort), processes, pin)
     log.info("features in RAM: %.2f GiB, read in %s.", size / 2**30, duration(time.perf_counter() - begin))
 
 

@@ -95,7 +95,9 @@ class DataConfig:
         False, "features: another random order of the instances every epoch also where all are taken"
     )
     persistence: bool = option(
-        False, "features: keep all of them in RAM, shared by the reading processes; default: memory-mapped files"
+        False,
+        "features: keep all of them in RAM (page-locked with pin_memory) and hand them on without reading processes; "
+        "default: memory-mapped files",
     )
     h5_path: str | None = option(
         None,
