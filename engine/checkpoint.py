@@ -105,8 +105,17 @@ MAY_DIFFER = {
     "dry_run",
     "profile",
     "debug",
+    "dataset_root",
+    "dataset_sub_root",
+    "dataset_test_root",
+    "csv_path",
+    "h5_path",
+    "h5_sub_path",
 }
-"""Options that change neither the weights nor the chosen epoch, so a run may go on with other values."""
+"""Options that change neither the weights nor the chosen epoch, so a run may go on with other values.
+
+Data may have moved: its content is compared, see ``engine.fold_files``.
+"""
 
 
 def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -81,13 +81,16 @@ class SlideModel(nn.Module):
         return self.aggregate(self.encode(instances), sizes, keep, target, criterion, pos)
 
     def encode(self, instances: Tensor) -> Tensor:
-        """Features (P, D) of the instances, ``chunk`` patches per encoder call; features become float32."""
+        """Features (P, D) of the instances, at most ``chunk`` patches per encoder call; features become float32.
+
+        The calls are of equal size but for one patch, so that none has BatchNorm statistics of a small rest.
+        """
         if self.encoder is None:
             return instances.float()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             if len(instances) <= self.chunk:
                 return self.encoder(instances)
-            parts = instances.split(self.chunk)
+            parts = instances.tensor_split(-(-len(instances) // self.chunk))
             if not (self.recompute and self.training and torch.is_grad_enabled()):
                 return torch.cat([self.encoder(part) for part in parts])
             again = [self._recomputed(part) for part in parts[:-1]]  # the last one's backward pass comes first anyway
