@@ -76,27 +76,27 @@ def build_encoder(name: str, *, pretrained: bool = True, **overrides: Any) -> En
     return encoder
 
 
-@register_encoder("r18", "ResNet-18 up to layer3 (ImageNet), 256 features")
+@register_encoder("r18", "ResNet-18 up to layer3 (ImageNet)")
 def r18(pretrained: bool, **overrides: Any) -> Encoder:
     return _trunk("resnet18.tv_in1k", 3, pretrained, overrides)
 
 
-@register_encoder("r18a", "ResNet-18 with layer4 (ImageNet), 512 features")
+@register_encoder("r18a", "ResNet-18 with layer4 (ImageNet)")
 def r18a(pretrained: bool, **overrides: Any) -> Encoder:
     return _trunk("resnet18.tv_in1k", 4, pretrained, overrides)
 
 
-@register_encoder("r50", "ResNet-50 up to layer3 (ImageNet), 1024 features")
+@register_encoder("r50", "ResNet-50 up to layer3 (ImageNet)")
 def r50(pretrained: bool, **overrides: Any) -> Encoder:
     return _trunk("resnet50.tv_in1k", 3, pretrained, overrides)
 
 
-@register_encoder("r50v2", "ResNet-50 up to layer3 (ImageNet, second recipe of torchvision), 1024 features")
+@register_encoder("r50v2", "ResNet-50 up to layer3 (ImageNet, second recipe of torchvision)")
 def r50v2(pretrained: bool, **overrides: Any) -> Encoder:
     return _trunk("resnet50.tv2_in1k", 3, pretrained, overrides)
 
 
-@register_encoder("uni", "UNI, ViT-L/16 (weights: UNI_CKPT_PATH or --enc_init), 1024 features")
+@register_encoder("uni", "UNI, ViT-L/16 (weights: UNI_CKPT_PATH or --enc_init)")
 def uni(pretrained: bool, **overrides: Any) -> Encoder:
     """Chen et al., "Towards a general-purpose foundation model for computational pathology", 2024."""
     options = {"init_values": 1e-5, "dynamic_img_size": True} | overrides
@@ -104,14 +104,12 @@ def uni(pretrained: bool, **overrides: Any) -> Encoder:
     if pretrained:
         path = os.environ.get("UNI_CKPT_PATH")
         if not path:
-            raise _no_weights(
-                "uni", "the environment variable UNI_CKPT_PATH, which says where they are, is not set"
-            )
+            raise _no_weights("uni", "the environment variable UNI_CKPT_PATH, which says where they are, is not set")
         load_encoder_weights(encoder, path)
     return encoder
 
 
-@register_encoder("chief", "CHIEF, Swin-T with a convolutional stem (weights: --enc_init), 768 features")
+@register_encoder("chief", "CHIEF, Swin-T with a convolutional stem (weights: --enc_init)")
 def chief(pretrained: bool, **overrides: Any) -> Encoder:
     """Wang et al., "A pathology foundation model for cancer diagnosis", 2024; the CTransPath architecture."""
     if pretrained:
@@ -119,7 +117,7 @@ def chief(pretrained: bool, **overrides: Any) -> Encoder:
     return _pathology("swin_tiny_patch4_window7_224", {"embed_layer": ConvStem} | overrides)
 
 
-@register_encoder("gigap", "GigaPath, ViT-g/16 (weights: timm hub or --enc_init), 1536 features")
+@register_encoder("gigap", "GigaPath, ViT-g/16 (weights: timm hub or --enc_init)")
 def gigap(pretrained: bool, **overrides: Any) -> Encoder:
     """Xu et al., "A whole-slide foundation model for digital pathology from real-world data", 2024."""
     if pretrained:

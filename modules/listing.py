@@ -19,6 +19,7 @@ def listing() -> str:
         with torch.device("meta"):
             encoder = encoders.get(name).build(pretrained=False)
         lines.append(f"  {name:10} {millions(encoder):>9}  {encoder.width:5d} features  {encoders.get(name).summary}")
+    lines.append("  timm:<name>   any timm model, for example e2e_timm:convnext_tiny_abmilx")
     lines.append("MIL heads (parameters for 1024 features, 2 classes, default options)")
     for name in mils.names():
         lines.append(f"  {name:10} {millions(build_mil(name, 1024, 2, ModelConfig())):>9}  {mils.get(name).summary}")
