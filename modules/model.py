@@ -150,15 +150,16 @@ def bare_name(name: str) -> str:
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module | None) -> Iterator[None]:
-    """BatchNorm layers normalise by the batch as before but do not count it into their running statistics."""
-    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats] if model else []
-    for layer in layers:
-        layer.track_running_stats = False
+    """BatchNorm layers normalise by the batch as before, and their running statistics are put back behind the block."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm)] if model else []
+    buffers = [b for layer in layers for b in layer.buffers(recurse=False)]
+    before = [b.clone() for b in buffers]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.track_running_stats = True
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 def load_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
