@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 import main
+import modules.heads  # noqa: F401  (fills the registry)
+from modules.registry import mils
 
 ROOT = Path(main.__file__).parent
 WIDTH = 16
@@ -190,3 +192,27 @@ def test_several_processes_train_on_features(world: World, tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     with (tmp_path / "default" / "default" / "fold_0_test_predictions.csv").open() as file:
         assert [row["id"] for row in csv.DictReader(file)] == [f"S{i}" for i in range(18, 24)]
+
+
+@pytest.mark.parametrize("name", mils.names())
+def test_every_head_trains_on_features(world: World, tmp_path: Path, name: str) -> None:
+    """The published program failed for most names (T33). Bags of unequal length, two per step."""
+    options = world.options(world.h5, tmp_path, f"--model={name}", "--num_epoch=1")
+    assert main.main(options) == 0
+    assert 0 <= auc(tmp_path) <= 1
+
+
+@pytest.mark.parametrize("recipe", ["fm_subtyping", "fm_panda"])
+def test_two_column_labels(world: World, tmp_path: Path, recipe: str) -> None:
+    """With random_fold the published program failed in the second fold (T35)."""
+    labels = tmp_path / "two.csv"
+    with world.csv.open() as file, labels.open("w", newline="", encoding="utf-8") as out:
+        csv.writer(out).writerows([("ID", "Label"), *((r["slide"], r["label"]) for r in csv.DictReader(file))])
+    options = [o for o in world.options(world.pt, tmp_path, "--num_epoch=1") if not o.startswith("--cv_fold")]
+    assert main.main([*options, f"-c={ROOT}/config/feat/{recipe}.yaml", f"--csv_path={labels}"]) == 0
+    tested = [
+        {row["id"] for row in csv.DictReader(path.open())}
+        for path in sorted((tmp_path / "default" / "default").glob("fold_*_test_predictions.csv"))
+    ]
+    assert len(tested) == (3 if recipe == "fm_subtyping" else 1)
+    assert len({frozenset(ids) for ids in tested}) == len(tested)

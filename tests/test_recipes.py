@@ -53,3 +53,9 @@ def test_every_recipe_parses_and_can_be_overridden(path: Path) -> None:
     config, _ = parse(["-c", str(path), "--lr=0.5", "--no_amp"])
     assert config.train.lr == 0.5
     assert config.train.amp is False
+
+
+@pytest.mark.parametrize(("published", "ours"), [("no_train", "test"), ("only_train", "no_test"), ("all", "all")])
+def test_published_script_modes(published: str, ours: str) -> None:
+    config, _ = parse([f"--script_mode={published}"])
+    assert config.run.script_mode == ours

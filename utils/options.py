@@ -47,6 +47,9 @@ REFUSED_VALUES = {
 }
 """Published values of options that never worked: refused with what to use instead."""
 
+PUBLISHED_VALUES = {("script_mode", "no_train"): "test", ("script_mode", "only_train"): "no_test"}
+"""Published values with another name here: (option, value) -> ours."""
+
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
 
@@ -162,6 +165,7 @@ def _typed(layer: dict[str, Any], source: str, faults: Faults, notes: list[str])
         elif bare not in FIELDS or (bare != key and FIELDS[bare].kind is not bool):
             faults.add(f"{source}: there is no option {key!r}.{did_you_mean(key, _known())}")
         else:
+            raw = PUBLISHED_VALUES.get((bare, str(raw)), raw)
             values.update(_convert(FIELDS[bare], raw, f"{source}: {key}", bare != key, faults))
     return values
 
