@@ -270,7 +270,8 @@ class FoldRun:
 
     def _validate(self, epoch: int) -> dict[str, Any]:
         """Validation values of the epoch. Nothing is recorded before all predictions are there, so it can be redone."""
-        splits = ("val", "test") if self.eval_options.always_test else ("val",)
+        same = self.fold.selection == "test"  # validation is the test set
+        splits = ("val", "test") if self.eval_options.always_test and not same else ("val",)
         try:
             seen = {(name, split): self.evaluator.predict(name, split) for name in self.names for split in splits}
         except Stopped:
@@ -290,8 +291,8 @@ class FoldRun:
                 self.progress.stopping.update(chosen)
                 for note in metrics.notes if epoch == 0 else ():
                     log.info("%s  validation: %s", self.label, note)
-            if (name, "test") in seen:
-                tested = seen[name, "test"]
+            if self.eval_options.always_test:
+                tested = seen[name, splits[-1]]
                 point = self.task.statistics(tested.logits, tested.target).point()
                 values |= {f"te_{k}{suffix}": v for k, v in point.values.items()}
         return values

@@ -17,6 +17,7 @@ from datasets.views import Renderer, ViewPlan
 from engine.learner import Precision
 from engine.sources import Sources, check_features, check_positions, keep_in_memory, open_sources
 from engine.task_builder import check_task_options
+from engine.training_options import check_training_options
 from modules.encoders import build_encoder, load_encoder_weights
 from modules.heads import build_mil
 from modules.model import SlideModel
@@ -55,6 +56,7 @@ def prepare(config: Config) -> Setup:
     Raises:
         UserError: for every fault found in model name, stores and labels.
     """
+    check_training_options(config)
     try:
         encoder, mil = parse_model_name(config.model.model)
     except UnknownNameError as error:

@@ -271,3 +271,20 @@ def test_a_signal_is_a_wish_and_handlers_come_back() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_numbers_out_of_range_are_named_together(tiny: TinyCohort, tmp_path: Path, caplog) -> None:
+    assert run(tiny, tmp_path, "--accumulation_steps=0", "--clip_grad=-1", "--mm=1", "--warmup_epochs=1") == 2
+    for text in ("accumulation_steps is 0", "clip_grad is -1.0", "mm is 1.0", "must be below num_epoch (1)"):
+        assert text in caplog.text
+
+
+def test_always_test_adds_test_metrics_and_changes_nothing_else(tiny: TinyCohort, tmp_path: Path) -> None:
+    lines = []
+    for name, extra in (("plain", []), ("tested", ["--always_test"])):
+        assert run(tiny, tmp_path / name, *extra) == 0
+        lines.append(json.loads((folder(tmp_path / name) / "metrics.jsonl").read_text()))
+    plain, tested = lines
+    expected = {k.replace("val_", "te_") for k in plain if k.startswith("val_") and k != "val_loss"}
+    assert tested.keys() - plain.keys() == expected
+    assert all(tested[k] == plain[k] for k in plain if k.startswith("val_"))
