@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -17,11 +18,11 @@ import main
 from datasets.bags import Bags, pick
 from datasets.sampling import Regions, bag_limit, regional_order
 from engine.attention_sampling import elect, reduced
-from engine.optim import parameter_groups
+from engine.optim import build_schedule, parameter_groups
 from engine.progress import EpochMeters
 from engine.selection import Best, EarlyStopping, Progress
 from modules.model import SlideModel
-from utils.config import DataConfig, TrainConfig
+from utils.config import DataConfig, EvalConfig, RunConfig, TrainConfig
 from utils.errors import UserError
 from utils.stop import StopRequest
 
@@ -76,6 +77,20 @@ def test_a_frozen_encoder_stays_as_it_is(tiny: TinyCohort, tmp_path: Path) -> No
     assert all(v for k, v in same.items() if k.startswith("encoder."))
     assert not all(same.values())
     assert [g["name"] for g in states[0]["optimizer"]["param_groups"]] == ["head"]
+
+
+def test_warm_up_lies_inside_the_cosine_as_published() -> None:
+    options = TrainConfig(lr=8e-5, num_epoch=75, warmup_epochs=10)
+    optimizer = torch.optim.Adam(parameter_groups(nn.Linear(1, 1), options), lr=options.lr)
+    schedule = build_schedule(optimizer, options)
+    assert schedule is not None
+    rates = [optimizer.param_groups[0]["lr"]]
+    for epoch in range(74):
+        schedule.step(epoch + 1)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == options.warmup_lr
+    assert f"{max(rates):.3g}" == "7.66e-05"  # measured on the published program
+    assert rates[-1] < 2e-7
 
 
 # Recomputed activations
@@ -288,3 +303,10 @@ def test_always_test_adds_test_metrics_and_changes_nothing_else(tiny: TinyCohort
     expected = {k.replace("val_", "te_") for k in plain if k.startswith("val_") and k != "val_loss"}
     assert tested.keys() - plain.keys() == expected
     assert all(tested[k] == plain[k] for k in plain if k.startswith("val_"))
+
+
+def test_the_page_on_training_has_a_row_for_every_option() -> None:
+    page = (Path(main.__file__).parent / "docs/training.md").read_text()
+    groups = (TrainConfig, EvalConfig, RunConfig)
+    missing = [f.name for group in groups for f in dataclasses.fields(group) if f"\n| `{f.name}`" not in page]
+    assert not missing
