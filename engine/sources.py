@@ -105,22 +105,26 @@ def check_positions(sources: Sources, cohort: Cohort) -> None:
         UserError: listing the slides without coordinates, or with another number of them than of instances.
     """
     faults = Faults("positions, which this MIL head needs")
-    for source in (*sources.train, sources.test):
-        grid = source.grid
-        if grid is None:
-            continue
-        for slide in _slides(cohort):
-            try:
-                cells = grid.cells(slide)
-            except UserError as error:
-                faults.add(str(error))
-                continue
-            if len(cells) != source.count(slide):
-                faults.add(
-                    f"slide {slide!r} has {source.count(slide)} instances and {len(cells)} coordinates. Give the "
-                    "coordinate files that the instances were made from"
-                )
+    sources_with_grid = [(s, s.grid) for s in (*sources.train, sources.test) if s.grid is not None]
+    found = [_position_fault(source, grid, slide) for source, grid in sources_with_grid for slide in _slides(cohort)]
+    for fault in dict.fromkeys(found):  # training and test may read the same store
+        if fault is not None:
+            faults.add(fault)
     faults.raise_if_any()
+
+
+def _position_fault(source: Source, grid: Grid, slide: str) -> str | None:
+    """What is wrong with the coordinates of one slide, or None."""
+    try:
+        cells = grid.cells(slide)
+    except UserError as error:
+        return str(error)
+    if len(cells) == source.count(slide):
+        return None
+    return (
+        f"slide {slide!r} has {source.count(slide)} instances and {len(cells)} coordinates. Give the coordinate files "
+        "that the instances were made from"
+    )
 
 
 def keep_in_memory(sources: Sources, cohort: Cohort, pin: bool) -> None:

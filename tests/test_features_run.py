@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
+import lmdb
 import numpy as np
 import pytest
 import torch
+from tiny import make_tiny_cohort
 from torch import Tensor
 
 import main
@@ -216,3 +218,33 @@ def test_two_column_labels(world: World, tmp_path: Path, recipe: str) -> None:
     ]
     assert len(tested) == (3 if recipe == "fm_subtyping" else 1)
     assert len({frozenset(ids) for ids in tested}) == len(tested)
+
+
+def test_positions_of_patches_come_from_the_stores(tmp_path: Path) -> None:
+    """End to end, with two magnifications; the published program lost the positions in validation (T38)."""
+    tiny = make_tiny_cohort(tmp_path, patients=12)
+    model = ("--model=e2e_timm:test_resnet_vitmil", "--pos=sincos", "--num_epoch=1", "--batch_size=2")
+    for size in (3, 100):
+        options = tiny.options(
+            *model, "--mul_scale_input", f"--dataset_sub_root={tiny.low}", f"--p_batch_size_v={size}"
+        )
+        assert main.main([*options, f"--output_path={tmp_path / str(size)}"]) == 0
+    tables = [
+        list(csv.DictReader((tmp_path / str(size) / "default/default/fold_0_test_predictions.csv").open()))
+        for size in (3, 100)
+    ]
+    for one, other in zip(*tables, strict=True):
+        assert one["id"] == other["id"]
+        assert float(one["p_1"]) == pytest.approx(float(other["p_1"]), abs=1e-5)
+
+
+def test_stores_of_the_published_program_have_no_positions(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny = make_tiny_cohort(tmp_path, patients=12)
+    with lmdb.open(str(tiny.high), subdir=False, map_size=1 << 26) as env, env.begin(write=True) as txn:
+        for slide in ("P00-0", "P01-0"):
+            assert txn.delete(f"__coords__/{slide}".encode())
+    model = ("--model=e2e_timm:test_resnet_2dmamba", "--batch_size=1")
+    assert main.main(["check", *tiny.options(*model)]) == 2
+    assert "positions, which this MIL head needs: 2 faults" in caplog.text
+    assert "coordinates of slide 'P00-0' are not known" in caplog.text
+    assert "coordinates of slide 'P01-0' are not known" in caplog.text
