@@ -201,7 +201,7 @@ def fold_values(test: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
             known = PUBLISHED_NAMES.get(name, name)
             tracked[f"test_{known}{suffix}"] = estimate["value"]
             tracked[f"test_{known}_std{suffix}"] = estimate["std"]
-    return tracked
+    return _known(tracked)
 
 
 def summary_values(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,4 +215,9 @@ def summary_values(summary: Mapping[str, Any]) -> dict[str, Any]:
             tracked[f"{key}_mean{suffix}"] = over_folds["mean"]
             tracked[f"{key}_std{suffix}"] = over_folds["sd"]
             tracked[f"{key}_std_mean{suffix}"] = sum(stds) / len(stds)
-    return tracked
+    return _known(tracked)
+
+
+def _known(values: dict[str, float]) -> dict[str, float]:
+    """Without NaN: the spread over a single fold, metrics of one class."""
+    return {name: value for name, value in values.items() if not math.isnan(value)}

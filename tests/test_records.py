@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,8 @@ def test_standard_deviations_have_their_own_standard_deviations() -> None:
     assert tracked["cross_val/auc_std"] == 0.7
     assert tracked["cross_val/acc_std_mean"] == pytest.approx(0.1)
     assert tracked["cross_val/auc_std_mean"] == pytest.approx(0.2)
+    over_folds["auc"]["sd"] = math.nan
+    assert "cross_val/auc_std" not in summary_values(summary)
 
 
 def test_results_json_says_what_made_it(tiny: TinyCohort, tmp_path: Path) -> None:
@@ -140,6 +143,8 @@ def test_tensorboard_and_wandb_offline_leave_the_repository_alone(
     monkeypatch.chdir(work)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
+    for place in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{place}_DIR", str(tmp_path / "wandb-own"))
     options = tiny.options(*OPTIONS, "--wandb", "--tensorboard", "--test_type=both_ema", f"--output_path={out}")
     assert main.main(options) == 0
     assert (git(work, "status", "--porcelain"), git(work, "rev-parse", "HEAD")) == before
