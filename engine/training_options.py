@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+
 from utils.config import Config
 from utils.errors import Faults
+
+log = logging.getLogger(__name__)
 
 AT_LEAST_ONE = ("num_epoch", "batch_size", "accumulation_steps", "p_batch_size", "p_batch_size_v", "log_iter")
 POSITIVE = ("lr", "encoder_lr", "clip_grad")
@@ -29,8 +33,11 @@ def check_training_options(config: Config) -> None:
     if not 0 <= config.train.mm < 1:
         faults.add(f"mm is {config.train.mm}, but the decay of the EMA lies between 0 and 1")
     if config.train.warmup_epochs >= config.train.num_epoch > 0 and config.train.lr_sche != "const":
-        faults.add(
-            f"warmup_epochs is {config.train.warmup_epochs}, but must be below num_epoch ({config.train.num_epoch}): "
-            "the warm-up lies inside the schedule"
+        # No fault: published recipes with a warm-up are tried out with --num_epoch=1.
+        log.warning(
+            "num_epoch is %d and warmup_epochs %d: the whole run is warm-up. Lower --warmup_epochs for more than a "
+            "trial.",
+            config.train.num_epoch,
+            config.train.warmup_epochs,
         )
     faults.raise_if_any()

@@ -290,9 +290,15 @@ def test_a_signal_is_a_wish_and_handlers_come_back() -> None:
 
 
 def test_numbers_out_of_range_are_named_together(tiny: TinyCohort, tmp_path: Path, caplog) -> None:
-    assert run(tiny, tmp_path, "--accumulation_steps=0", "--clip_grad=-1", "--mm=1", "--warmup_epochs=1") == 2
-    for text in ("accumulation_steps is 0", "clip_grad is -1.0", "mm is 1.0", "must be below num_epoch (1)"):
+    assert run(tiny, tmp_path, "--accumulation_steps=0", "--clip_grad=-1", "--mm=1", "--lr=0") == 2
+    for text in ("accumulation_steps is 0", "clip_grad is -1.0", "mm is 1.0", "lr is 0.0"):
         assert text in caplog.text
+
+
+def test_a_run_shorter_than_its_warm_up_is_told_so(tiny: TinyCohort, tmp_path: Path, caplog) -> None:
+    """Published recipes with a warm-up of ten epochs are tried out with --num_epoch=1."""
+    assert run(tiny, tmp_path, "--warmup_epochs=10") == 0
+    assert "the whole run is warm-up" in caplog.text
 
 
 def test_always_test_adds_test_metrics_and_changes_nothing_else(tiny: TinyCohort, tmp_path: Path) -> None:
