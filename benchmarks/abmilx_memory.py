@@ -106,9 +106,7 @@ def check_one(shape: tuple[int, ...], dtype: torch.dtype, masked: bool, kernel: 
 
 
 def check_model() -> None:
-    print(
-        "\n# whole model: largest difference of logits from CPU float64 (padded batch, single bags, compiled)"
-    )
+    print("\n# whole model: largest difference of logits from CPU float64 (padded batch, single bags, compiled)")
     torch.manual_seed(0)
     model = DAttentionX(INPUT, 2, mil_bias=True, attn_bias=True).eval()
     bags = [torch.randn(n, INPUT) for n in (700, 5000, 33)]
@@ -126,10 +124,8 @@ def check_model() -> None:
 
 # The tile of a kernel's own rows or columns, the tile of what it loops over, warps, stages.
 CANDIDATES = {
-    "forward": "64,128,4,2 64,128,4,3 128,64,4,3 64,64,4,3 128,64,8,3 64,64,8,2"
-    " 64,256,4,2 64,128,4,4 64,64,4,2",
-    "queries": "128,64,4,3 128,32,4,3 64,64,4,3 64,128,4,3 64,32,4,3 64,64,8,2"
-    " 128,64,4,4 128,32,4,4 64,64,4,2",
+    "forward": "64,128,4,2 64,128,4,3 128,64,4,3 64,64,4,3 128,64,8,3 64,64,8,2 64,256,4,2 64,128,4,4 64,64,4,2",
+    "queries": "128,64,4,3 128,32,4,3 64,64,4,3 64,128,4,3 64,32,4,3 64,64,8,2 128,64,4,4 128,32,4,4 64,64,4,2",
     "keys": "64,128,4,3 128,64,4,2 128,32,4,3 64,32,4,3 64,64,4,3 64,64,8,2 128,32,4,4 128,64,8,3 128,32,8,3"
     " 128,16,4,4 64,32,4,2 64,16,4,4",
 }
@@ -150,9 +146,7 @@ def tiles() -> None:
             works = [one_kernel(name, tile, inputs, outputs) for tile in chosen]
             with ThreadPoolExecutor(12) as pool:  # compiles them side by side
                 usable = list(pool.map(runs, works))
-            times = [
-                milliseconds(w, 60.0) if good else float("inf") for w, good in zip(works, usable, strict=True)
-            ]
+            times = [milliseconds(w, 60.0) if good else float("inf") for w, good in zip(works, usable, strict=True)]
             ranked = sorted(zip(times, chosen, strict=True), key=lambda pair: pair[0])
             best[name] = ranked[0][1]
             print(
@@ -212,9 +206,7 @@ def kernels() -> None:
     print("\n# A+ alone, bf16, 8 heads of 64: ms forward, ms forward + backward, GiB of the latter")
     for count, masked in ((2_000, False), (20_000, False), (20_000, True), (100_000, False)):
         for name, attend in forms(masked).items():
-            print(
-                count, "masked" if masked else "-", name, one_form(attend, (1, count, HEADS, WIDTH), masked)
-            )
+            print(count, "masked" if masked else "-", name, one_form(attend, (1, count, HEADS, WIDTH), masked))
 
 
 def forms(masked: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
@@ -227,9 +219,7 @@ def forms(masked: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor | None], T
     return found if masked else found | {"flash, V of 64": library(SDPBackend.FLASH_ATTENTION, WIDTH)}
 
 
-def one_form(
-    attend: Callable[[Tensor, Tensor, Tensor | None], Tensor], shape: tuple[int, ...], masked: bool
-) -> str:
+def one_form(attend: Callable[[Tensor, Tensor, Tensor | None], Tensor], shape: tuple[int, ...], masked: bool) -> str:
     qk, v = random_qkv(shape, torch.bfloat16)
     mask = torch.rand(shape[:2], device="cuda") > 0.1 if masked else None
     grad = torch.randn_like(v)

@@ -27,7 +27,7 @@ import torch
 from datasets.bags import Bags, PixelSource, SamplingPlan, TrainBags
 from datasets.jpeg import encode
 from datasets.labels import Sample
-from datasets.loaders import LoaderOptions, TrainStream, train_loader
+from datasets.loaders import LoaderOptions, TrainStream, train_batches
 from datasets.store import PatchStore, StoreHeader, StoreWriter
 from datasets.views import Renderer, ViewPlan
 from engine.learner import Learner
@@ -115,7 +115,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     options = LoaderOptions(args.workers, 2, pin=device.type == "cuda")
     learner.model.train()
 
-    batches = iter(train_loader(bags, stream, options))
+    batches = train_batches(bags, stream, options)
     batch = next(batches)
     on_device = batch.to(device)
     figures = {"loader": rate(lambda: next(batches), patches, args.steps, device)}

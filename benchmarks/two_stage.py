@@ -24,7 +24,7 @@ import main as program
 from datasets.bags import FeatureSource, SamplingPlan, TrainBags
 from datasets.features import FeatureFolder
 from datasets.label_types import Sample
-from datasets.loaders import LoaderOptions, TrainStream, train_loader
+from datasets.loaders import LoaderOptions, TrainStream, train_batches
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
@@ -61,7 +61,7 @@ def read_epoch(root: Path, names: list[str], kept: bool, workers: int, same_psiz
         folder.keep_in_memory(names)
     samples = [Sample(name, name, (name,), {"label": 0}) for name in names]
     bags = TrainBags(samples, [FeatureSource(folder)], SamplingPlan(same_psize))
-    batches = iter(train_loader(bags, TrainStream(len(samples), 1), LoaderOptions(workers)))
+    batches = train_batches(bags, TrainStream(len(samples), 1), LoaderOptions(workers))
     total = next(batches).instances.sum()  # the processes have started
     begin = time.perf_counter()
     for batch in batches:

@@ -31,6 +31,7 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     from datasets.features import FeatureFolder
     from datasets.positions import Grid
+    from datasets.ring import BatchRing
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Bags:
         keep: (P,) bool in host memory, False for duplicates that only the encoder sees; None: all take part.
         last: in evaluation, whether this part completes its bag.
         pos: (P, 2) columns and rows of the patch grid, for heads that use them; None: not asked for.
+        slot: on its way from a reading process, the buffer of datasets.ring that holds the instances.
     """
 
     instances: Tensor
@@ -56,6 +58,7 @@ class Bags:
     keep: Tensor | None = None
     last: bool = True
     pos: Tensor | None = None
+    slot: int | None = None
 
     def to(self, device: torch.device) -> Bags:
         """A copy with what the model takes on ``device``; draws and keep stay in host memory, where they are read."""
@@ -255,7 +258,12 @@ class TrainBags(Dataset[Bags]):
         plan: how many instances a bag takes.
         views: random views of patches; None for features.
         seed: base of every draw.
+
+    Attributes:
+        ring: buffers for the batches of reading processes; None: fresh memory for each batch.
     """
+
+    ring: BatchRing | None = None
 
     def __init__(
         self,
@@ -273,8 +281,10 @@ class TrainBags(Dataset[Bags]):
     def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Bags:
         """The batch of the bags at ``keys``, each an (epoch, position)."""
         bags = [self._draw(epoch, position) for epoch, position in keys]
+        slot = None if self.ring is None else self.ring.take()
         return Bags(
-            instances=self._load(bags),
+            instances=self._load(bags, slot),
+            slot=slot,
             sizes=[bag.size for bag in bags],
             index=[bag.position for bag in bags],
             target=joined_targets([bag.sample.target for bag in bags]),
@@ -299,15 +309,21 @@ class TrainBags(Dataset[Bags]):
         known = [p for p in pos if p is not None]
         return _Drawn(sample, position, chosen, torch.cat(keep), draws, join(known) if known else None)
 
-    def _load(self, bags: Sequence[_Drawn]) -> Tensor:
-        room = self.sources[0].room(sum(bag.size for bag in bags))
+    def _load(self, bags: Sequence[_Drawn], slot: int | None) -> Tensor:
+        total = sum(bag.size for bag in bags)
+        if self.ring is None or slot is None:
+            room = self.sources[0].room(total)
+        else:
+            room = self.ring.buffers[slot][:total]
         parts, begin = [], 0
         for bag in bags:
             for source, picks in zip(self.sources, bag.picks, strict=True):
                 out = None if room is None else room[begin : begin + len(picks)]
                 parts.append(load_instances(source, bag.sample.slides, picks, out))
                 begin += len(picks)
-        return join(parts) if room is None else room
+        if room is None:
+            return join(parts)
+        return room if slot is None else room[:0].clone()  # the training process knows the buffer
 
     def _views(self, bags: Sequence[_Drawn]) -> Tensor | None:
         draws = [bag.draws for bag in bags if bag.draws is not None]

@@ -67,9 +67,7 @@ def _given(labels: list[str], options: LabelOptions, faults: Faults) -> Classes:
             "Leave --n_classes out or make them agree."
         )
     positions = {str(i) for i in range(len(names))}
-    by_number = (
-        bool(labels) and not set(labels) & set(names) and {_plain(label) for label in labels} <= positions
-    )
+    by_number = bool(labels) and not set(labels) & set(names) and {_plain(label) for label in labels} <= positions
     notes = [f"Classes as given by --classes: {_listing(names)}."]
     if by_number:
         notes.append("The csv holds class numbers; --classes names them in that order.")
@@ -98,9 +96,7 @@ def _inferred(labels: list[str], options: LabelOptions, faults: Faults) -> Class
             f"the csv holds {len(names)} classes ({', '.join(names[:10])}), but n_classes is "
             f"{options.n_classes}. Leave --n_classes out, or name the classes in order with --classes."
         )
-    return Classes(
-        names, (f"Classes inferred from the csv, sorted: {_listing(names)}. --classes sets another order.",)
-    )
+    return Classes(names, (f"Classes inferred from the csv, sorted: {_listing(names)}. --classes sets another order.",))
 
 
 def _check_labels(table: Table, classes: Classes, faults: Faults) -> None:

@@ -104,8 +104,7 @@ class FoldBuilder:
         if "label" in draft.table.columns and edges:
             bins = self._stored_bins(draft, bins)
         return {
-            row.number: {"label": bins[row.number], "time": row.time or 0.0, "event": row.event or 0}
-            for row in rows
+            row.number: {"label": bins[row.number], "time": row.time or 0.0, "event": row.event or 0} for row in rows
         }
 
     def _stored_bins(self, draft: Draft, bins: dict[int, int]) -> dict[int, int]:
@@ -152,13 +151,9 @@ class FoldBuilder:
         for key, metric in self._judged():
             lacking = _lacking(key, {target[key] for target in targets})
             if lacking and split == "train":
-                self.faults.add(
-                    f"{draft.where}: the train set holds {lacking}. Add rows, or correct the labels."
-                )
+                self.faults.add(f"{draft.where}: the train set holds {lacking}. Add rows, or correct the labels.")
             elif lacking:
-                self.notes.append(
-                    f"{draft.where}: the {split} set holds {lacking}, so its {metric} is undefined."
-                )
+                self.notes.append(f"{draft.where}: the {split} set holds {lacking}, so its {metric} is undefined.")
 
     def _judged(self) -> list[tuple[str, str]]:
         """Keys of a target that must vary, and the metric that is undefined where they do not."""

@@ -32,9 +32,7 @@ def stem(name: str) -> str:
     ('A-01', 'TCGA-3C-AALI-01Z-00-DX1.F6E9A5DF')
     """
     lower = name.lower()
-    return next(
-        (name[: -len(end)] for end in EXTENSIONS if lower.endswith(end) and len(name) > len(end)), name
-    )
+    return next((name[: -len(end)] for end in EXTENSIONS if lower.endswith(end) and len(name) > len(end)), name)
 
 
 @dataclass

@@ -127,9 +127,7 @@ class LabelOptions:
         """What is wrong with the values themselves, one sentence each."""
         found = []
         if self.cv_fold < 1:
-            found.append(
-                f"cv_fold is {self.cv_fold}; it must be at least 1. Use --cv_fold=1 for a single run."
-            )
+            found.append(f"cv_fold is {self.cv_fold}; it must be at least 1. Use --cv_fold=1 for a single run.")
         elif not 0 <= self.fold_start < self.cv_fold:
             found.append(
                 f"fold_start is {self.fold_start}, but with cv_fold {self.cv_fold} the folds are "
@@ -150,7 +148,6 @@ class LabelOptions:
         found += _outside("bag_level", self.bag, ("auto", "slide", "case"))
         found += _outside("surv_bins", self.bins, ("train", "published"))
         return found
-
 
     def _multilabel_problems(self) -> list[str]:
         if not self.classes:

@@ -66,8 +66,7 @@ def _table(lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
         )
         for line in lines
     )
@@ -132,9 +131,7 @@ def write_split(fold: Fold, path: str | Path) -> None:
     """Writes the fold as csv (case, slide, the targets, split), one line per slide, to save with a run."""
     samples = [(split, sample) for split, members in fold.splits().items() for sample in members]
     keys = list(dict.fromkeys(key for _, sample in samples for key in sample.target))
-    lines = (
-        [s.case, slide, *(s.target[key] for key in keys), split] for split, s in samples for slide in s.slides
-    )
+    lines = ([s.case, slide, *(s.target[key] for key in keys), split] for split, s in samples for slide in s.slides)
     write_text(path, csv_text(["case", "slide", *keys, "split"], lines))
 
 

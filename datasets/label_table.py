@@ -112,11 +112,7 @@ def _read_lines(path: Path, faults: Faults) -> list[tuple[int, list[str]]]:
     """Rows that are not empty, with their numbers."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            lines = [
-                (i, cells)
-                for i, cells in enumerate(csv.reader(stream), start=1)
-                if any(map(str.strip, cells))
-            ]
+            lines = [(i, cells) for i, cells in enumerate(csv.reader(stream), start=1) if any(map(str.strip, cells))]
     except FileNotFoundError:
         faults.add(f"{path} does not exist. Give --csv_path, a label csv or a folder of fold_<k>.csv.")
     except (UnicodeDecodeError, csv.Error, OSError) as error:
@@ -143,8 +139,7 @@ def _columns(name: str, header: list[str], columns: dict[str, int] | str, faults
         return None
     if "split" in columns and header[columns["split"]].lower() in SPLIT_WORDS:
         faults.add(
-            f"{name}: row 1 looks like data ({', '.join(header)}). "
-            "Add a header line, such as case,slide,label,fold."
+            f"{name}: row 1 looks like data ({', '.join(header)}). Add a header line, such as case,slide,label,fold."
         )
         return None
     return columns
@@ -214,9 +209,7 @@ class _Parser:
     def _split(self, number: int, cells: list[str]) -> str | None:
         word = self._cell("split", cells)
         if word is not None and word.lower() not in SPLIT_WORDS:
-            self._bad(
-                number, f"split {word!r} is not one of train, val, test. Write one of them or remove the row."
-            )
+            self._bad(number, f"split {word!r} is not one of train, val, test. Write one of them or remove the row.")
         return None if word is None else word.lower()
 
     def _time(self, number: int, cells: list[str]) -> float:
@@ -224,9 +217,7 @@ class _Parser:
         value = _number(text)
         if value is None or value < 0:
             what = "missing" if not text else f"{text!r}, not a number of 0 or more"
-            self._bad(
-                number, f"the survival time is {what}. Give the time, in months, say, or remove the row."
-            )
+            self._bad(number, f"the survival time is {what}. Give the time, in months, say, or remove the row.")
             return 0.0
         return value
 

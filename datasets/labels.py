@@ -148,10 +148,7 @@ def _match(
         if options.missing == "drop":
             notes.append(f"{said} They are left out (--missing=drop).")
         else:
-            faults.add(
-                f"{said} Correct the names, add the slides to the store, or leave them out with "
-                "--missing=drop."
-            )
+            faults.add(f"{said} Correct the names, add the slides to the store, or leave them out with --missing=drop.")
     return found, notes
 
 
@@ -184,9 +181,7 @@ def _bag_note(options: LabelOptions, folds: tuple[Fold, ...]) -> str:
     return f"One bag per {what} (--bag_level): {several} of {len(slides)} patients have several slides."
 
 
-def _cohort(
-    options: LabelOptions, folds: tuple[Fold, ...], classes: Classes | None, notes: list[str]
-) -> Cohort:
+def _cohort(options: LabelOptions, folds: tuple[Fold, ...], classes: Classes | None, notes: list[str]) -> Cohort:
     unique = tuple(dict.fromkeys(notes))
     if classes is not None:
         return Cohort("classification", classes.names, folds, None, unique)

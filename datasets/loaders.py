@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from datasets.bags import Bags, EvalParts, TrainBags
+from datasets.ring import BatchRing, emptied
 from utils.errors import UserError
 from utils.stop import ignore_stop_signals
 
@@ -120,9 +121,16 @@ def balanced_draw(strata: Sequence[int], generator: torch.Generator) -> list[int
     return [drawn[i] for i in torch.randperm(len(drawn), generator=generator).tolist()]
 
 
-def train_loader(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -> DataLoader[Bags]:
-    """Batches of the training stream; workers live as long as the iterator."""
-    return DataLoader(
+def train_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -> Iterator[Bags]:
+    """Batches of the training stream; reading processes live as long as the iterator.
+
+    The instances of a batch are good until the next one is asked for: reading processes fill their memory again.
+    """
+    if bags.views is not None and options.workers > 0 and bags.plan.total > 0:
+        side_px = bags.views.stored_px
+        shape = (stream.batch_size * bags.plan.total, side_px, side_px, 3)
+        bags.ring = BatchRing(options.workers, options.prefetch, shape, options.pin)
+    loader: DataLoader[Bags] = DataLoader(
         bags,
         sampler=stream,
         batch_size=None,  # the dataset takes a whole batch of keys
@@ -131,6 +139,7 @@ def train_loader(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -
         pin_memory=options.pin,
         worker_init_fn=quiet_worker,
     )
+    return iter(loader) if bags.ring is None else emptied(loader, bags.ring)
 
 
 def eval_loader(parts: EvalParts, options: LoaderOptions, keep_workers: bool = False) -> DataLoader[Bags]:

@@ -37,9 +37,7 @@ class SplitRows:
         return own if self.selection == "val" else {"train": self.train, "test": self.test}
 
 
-def partition(
-    groups: Sequence[str], strata: Sequence[object], shares: Sequence[float], seed: int
-) -> list[int]:
+def partition(groups: Sequence[str], strata: Sequence[object], shares: Sequence[float], seed: int) -> list[int]:
     """Assigns every row to a part; rows of a group stay together and strata are spread by the shares.
 
     Greedy: groups in random order, large ones first, each to the part that lacks most rows of the group's
@@ -121,8 +119,7 @@ def _rare(table: Table, folds: int) -> list[str]:
         patients.setdefault(stratum_of(row), set()).add(row.case)
     kind = "events" if table.rows[0].time is not None else "label"
     return [
-        f"{table.name}: {kind} {stratum!r} has {len(cases)} patients for {folds} folds; some test sets lack "
-        "it."
+        f"{table.name}: {kind} {stratum!r} has {len(cases)} patients for {folds} folds; some test sets lack it."
         for stratum, cases in patients.items()
         if len(cases) < folds
     ]

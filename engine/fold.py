@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from datasets.bags import Bags, TrainBags
 from datasets.label_types import Fold
-from datasets.loaders import TrainStream, train_loader
+from datasets.loaders import TrainStream, train_batches
 from datasets.sampling import bag_limit
 from engine import memory, task_builder
 from engine.attention_sampling import check_attention_sampling
@@ -121,7 +120,7 @@ class FoldRun:
         trace = self.records.folder / f"trace_rank{self.processes.rank}.json"
         self.trace = StepTrace(trace if self.setup.config.run.profile else None)
         stream = self._stream()
-        batches = iter(self._train_loader(stream))
+        batches = self._batches(stream)
         with torch.autograd.set_detect_anomaly(self.setup.config.run.debug):
             for epoch in range(first, options.num_epoch):
                 values = self._one_epoch(epoch, batches, stream.steps_per_epoch)
@@ -171,10 +170,10 @@ class FoldRun:
             strata=task_builder.strata(self.setup.config, self.fold.train),
         )
 
-    def _train_loader(self, stream: TrainStream) -> DataLoader[Bags]:
+    def _batches(self, stream: TrainStream) -> Iterator[Bags]:
         setup = self.setup
         bags = TrainBags(self.fold.train, setup.sources.train, setup.plan, setup.views, self.fold.seed)
-        return train_loader(bags, stream, loader_options(setup, self.processes, setup.config.data.num_workers))
+        return train_batches(bags, stream, loader_options(setup, self.processes, setup.config.data.num_workers))
 
     def _train_epoch(self, epoch: int, batches: Iterator[Bags], steps: int) -> dict[str, Any]:
         meters, load = EpochMeters(), memory.Load()

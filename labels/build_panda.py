@@ -48,8 +48,7 @@ def build(table: Path, out: Path, only: Path | None, shares: Sequence[float], se
     for record in records:
         if record.get(grade) not in GRADES:
             faults.add(
-                f"image {record[image]!r}: isup_grade {record.get(grade)!r} is not 0 to 5. Correct or "
-                "remove it."
+                f"image {record[image]!r}: isup_grade {record.get(grade)!r} is not 0 to 5. Correct or remove it."
             )
     faults.raise_if_any()
     if len(shares) != len(SPLITS):
@@ -68,17 +67,13 @@ def build(table: Path, out: Path, only: Path | None, shares: Sequence[float], se
     ]
 
 
-def _wanted(
-    records: list[dict[str, str]], image: str, only: Path | None, dropped: Dropped
-) -> list[dict[str, str]]:
+def _wanted(records: list[dict[str, str]], image: str, only: Path | None, dropped: Dropped) -> list[dict[str, str]]:
     if only is None:
         return records
     try:
         names = {stem(line.strip()) for line in only.read_text(encoding="utf-8-sig").splitlines()}
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"only: {only} cannot be read ({error}). Give a text file with one name per line."
-        ) from error
+        raise UserError(f"only: {only} cannot be read ({error}). Give a text file with one name per line.") from error
     for record in records:
         if record[image] not in names:
             dropped.add(f"not in {only.name}", record[image])
@@ -90,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="PANDA's train.csv to a label csv")
     parser.add_argument("table", type=Path, help="train.csv as downloaded")
     parser.add_argument("out", type=Path, help="label csv to write")
-    parser.add_argument(
-        "--only", type=Path, help="text file with one image name per line; others are left out"
-    )
+    parser.add_argument("--only", type=Path, help="text file with one image name per line; others are left out")
     parser.add_argument("--shares", type=numbers, default=[0.7, 0.1, 0.2], help="train,val,test")
     parser.add_argument("--seed", type=int, default=2021)
     args = parser.parse_args(argv)

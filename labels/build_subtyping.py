@@ -99,11 +99,7 @@ def build(request: Request) -> list[str]:
         rows = oversample(rows, request.oversample, request.seed)
     write_rows(request.out, ("case", "slide", "label", "fold"), rows)
     counts = Counter((row[3], row[2]) for row in rows)
-    listing = [
-        f"{split} {label} {counts[split, label]}"
-        for split in SPLITS
-        for label in sorted(set(labels.values()))
-    ]
+    listing = [f"{split} {label} {counts[split, label]}" for split in SPLITS for label in sorted(set(labels.values()))]
     return [
         f"{request.out}: {len(cases)} patients, {len(rows)} rows: {', '.join(listing)}",
         *dropped.sentences(),
@@ -134,22 +130,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="a TCGA clinical table to a sub-typing csv")
     parser.add_argument("table", type=Path, help="clinical table (csv or tab-separated)")
     parser.add_argument("out", type=Path, help="label csv to write")
-    parser.add_argument(
-        "--slides", type=Path, required=True, help="folder of slides, GDC manifest, or list of names"
-    )
+    parser.add_argument("--slides", type=Path, required=True, help="folder of slides, GDC manifest, or list of names")
     parser.add_argument("--task", choices=sorted(TASKS), default="brca")
-    parser.add_argument(
-        "--map", action="append", default=[], metavar="TEXT=CLASS", help="a further diagnosis to take"
-    )
+    parser.add_argument("--map", action="append", default=[], metavar="TEXT=CLASS", help="a further diagnosis to take")
     parser.add_argument("--shares", type=numbers, default=[0.67, 0.1, 0.23], help="train,val,test")
     parser.add_argument("--seed", type=int, default=2021)
-    parser.add_argument(
-        "--oversample", type=float, default=1.0, help="size of the rarest training class, 2 doubles it"
-    )
+    parser.add_argument("--oversample", type=float, default=1.0, help="size of the rarest training class, 2 doubles it")
     parser.add_argument("--first_slide", action="store_true", help="one slide per patient: the first by name")
-    parser.add_argument(
-        "--all_slides", action="store_true", help="frozen sections too, not only diagnostic slides"
-    )
+    parser.add_argument("--all_slides", action="store_true", help="frozen sections too, not only diagnostic slides")
     args = parser.parse_args(argv)
     return run(lambda: build(Request(**vars(args))))
 

@@ -53,39 +53,27 @@ def build(request: Request) -> list[str]:
     if request.slides is not None:
         slides = read_slides(request.slides, lambda name: request.all_slides or diagnostic(name))
     dropped = Dropped("patients")
-    kept = [
-        p for p in read_patients(request.table, survival=True) if _usable(p, request.study, slides, dropped)
-    ]
+    kept = [p for p in read_patients(request.table, survival=True) if _usable(p, request.study, slides, dropped)]
     if not kept:
         raise UserError("\n".join([f"{request.table}: no patient is left.", *dropped.sentences()]))
     events = [patient.event or 0 for patient in kept]
     edges = cut_edges([patient.months or 0.0 for patient in kept], events, BINS)
-    parts = divide(
-        [patient.case for patient in kept], events, [1 / request.folds] * request.folds, request.seed
-    )
-    said = [
-        f"{len(kept)} patients, {sum(events)} deaths; quartiles at {', '.join(f'{e:.4f}' for e in edges)} "
-        "months"
-    ]
+    parts = divide([patient.case for patient in kept], events, [1 / request.folds] * request.folds, request.seed)
+    said = [f"{len(kept)} patients, {sum(events)} deaths; quartiles at {', '.join(f'{e:.4f}' for e in edges)} months"]
     for fold in range(request.folds):
-        rows = [
-            _row(p, edges, slides, part == fold, request.study) for p, part in zip(kept, parts, strict=True)
-        ]
+        rows = [_row(p, edges, slides, part == fold, request.study) for p, part in zip(kept, parts, strict=True)]
         write_rows(request.out / f"fold_{fold}.csv", HEADER, sorted(rows, key=lambda row: row[-1] == "test"))
         test = [p for p, part in zip(kept, parts, strict=True) if part == fold]
         deaths = sum(patient.event or 0 for patient in test)
         said.append(
-            f"{request.out / f'fold_{fold}.csv'}: train {len(kept) - len(test)}, test {len(test)} ({deaths} "
-            "deaths)"
+            f"{request.out / f'fold_{fold}.csv'}: train {len(kept) - len(test)}, test {len(test)} ({deaths} deaths)"
         )
     return [*said, *dropped.sentences()]
 
 
 def _usable(patient: Patient, study: str, slides: dict[str, list[str]] | None, dropped: Dropped) -> bool:
     reasons = {
-        f"another study than {study}": bool(
-            study and patient.project and not _same_study(patient.project, study)
-        ),
+        f"another study than {study}": bool(study and patient.project and not _same_study(patient.project, study)),
         "no vital status": patient.event is None,
         "no survival time": patient.months is None,
         "a negative survival time": patient.months is not None and patient.months < 0,
@@ -127,9 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--study", default="", help="keep this study only, such as TCGA-BRCA")
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--seed", type=int, default=2021)
-    parser.add_argument(
-        "--all_slides", action="store_true", help="frozen sections too, not only diagnostic slides"
-    )
+    parser.add_argument("--all_slides", action="store_true", help="frozen sections too, not only diagnostic slides")
     args = parser.parse_args(argv)
     return run(lambda: build(Request(**vars(args))))
 

@@ -65,9 +65,7 @@ def read_records(path: Path) -> list[Record]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read as text ({error}). Save spreadsheets as csv first."
-        ) from error
+        raise UserError(f"{path} cannot be read as text ({error}). Save spreadsheets as csv first.") from error
     lines = [line for line in lines if not line.startswith("#")]
     if len(lines) < 2:
         raise UserError(f"{path} holds no rows under a header. Give the table as downloaded.")
@@ -113,9 +111,7 @@ def read_slides(path: Path, keep: Callable[[str], bool]) -> dict[str, list[str]]
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"slides: {path} cannot be read as text ({error}). Give a folder or a list."
-            ) from error
+            raise UserError(f"slides: {path} cannot be read as text ({error}). Give a folder or a list.") from error
         cells = [re.split(r"[\t,]", line.strip()) for line in lines if line.strip()]
         column = cells[0].index("filename") if cells and "filename" in cells[0] else None
         names = [row[column or 0] for row in (cells if column is None else cells[1:])]
@@ -142,9 +138,7 @@ def divide(groups: Sequence[str], strata: Sequence[object], shares: Sequence[flo
     if len(shares) < 2 or any(share < 0 for share in shares) or not sum(shares):
         raise UserError(f"shares {shares} must be two or more numbers of 0 and above. Use 0.7,0.1,0.2, say.")
     if len(set(groups)) < sum(share > 0 for share in shares):
-        raise UserError(
-            f"{len(set(groups))} patients cannot be divided into {len(shares)} parts. Give a larger table."
-        )
+        raise UserError(f"{len(set(groups))} patients cannot be divided into {len(shares)} parts. Give a larger table.")
     total = sum(shares)
     return partition(groups, strata, [share / total for share in shares], seed)
 

@@ -31,9 +31,7 @@ def bags(batch: int, count: int) -> tuple[Tensor, Tensor]:
 
 def export(options: dict[str, Any]) -> torch.export.ExportedProgram:
     batch, count = torch.export.Dim("batch", max=64), torch.export.Dim("count", max=10**6)
-    return torch.export.export(
-        head(options), bags(2, 20), dynamic_shapes=({0: batch, 1: count}, {0: batch, 1: count})
-    )
+    return torch.export.export(head(options), bags(2, 20), dynamic_shapes=({0: batch, 1: count}, {0: batch, 1: count}))
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -70,7 +68,5 @@ def test_works_when_copied_alone(tmp_path: pathlib.Path) -> None:
     source = pathlib.Path(__file__).parents[1] / "modules" / "abmilx.py"
     shutil.copy(source, tmp_path / "abmilx.py")
     code = "import torch, abmilx; print(tuple(abmilx.DAttentionX(8, 3)(torch.randn(5, 8)).shape))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "(1, 3)"

@@ -33,9 +33,7 @@ def same(vectorised: dict[str, np.ndarray], column: int, plain: Metrics) -> None
         assert vectorised[name][column] == pytest.approx(value, abs=1e-10, nan_ok=True), name
 
 
-@pytest.mark.parametrize(
-    ("size", "classes", "decimals"), [(30, 2, 0), (30, 2, 9), (50, 3, 0), (60, 6, 1), (7, 4, 0)]
-)
+@pytest.mark.parametrize(("size", "classes", "decimals"), [(30, 2, 0), (30, 2, 9), (50, 3, 0), (60, 6, 1), (7, 4, 0)])
 def test_classification_is_the_plain_metric_of_each_resample(size: int, classes: int, decimals: int) -> None:
     rng = np.random.default_rng(size)
     logits, label = rng.normal(size=(size, classes)).round(decimals), rng.integers(0, classes, size)
@@ -96,9 +94,7 @@ def test_seed_is_the_fold() -> None:
 def test_estimate_of_a_share_is_that_of_the_binomial_law() -> None:
     """Accuracy of 300 of 400: standard error sqrt(.75 x .25 / 400) = .02165, interval +- 1.96 of it."""
     logits = np.tile([0.0, 1.0], (400, 1)) + 1e-3 * np.arange(400)[:, None] * [0, 1]
-    estimate = bootstrap(ClassificationStatistics(logits, [1] * 300 + [0] * 100), resamples=4000)[
-        "accuracy_micro"
-    ]
+    estimate = bootstrap(ClassificationStatistics(logits, [1] * 300 + [0] * 100), resamples=4000)["accuracy_micro"]
     assert estimate.value == 0.75
     assert estimate.mean == pytest.approx(0.75, abs=0.002)
     assert estimate.std == pytest.approx(0.02165, rel=0.05)
@@ -140,9 +136,7 @@ def test_a_degenerate_set_is_nan_throughout(label: list[int]) -> None:
     logits = np.random.default_rng(0).normal(size=(len(label), 3))
     result = bootstrap(ClassificationStatistics(logits, label), resamples=20)
     estimate = result["auc"]
-    assert all(
-        math.isnan(v) for v in (estimate.value, estimate.mean, estimate.std, estimate.low, estimate.high)
-    )
+    assert all(math.isnan(v) for v in (estimate.value, estimate.mean, estimate.std, estimate.low, estimate.high))
     assert estimate.resamples == 0
     assert len(result.notes) >= 1
 

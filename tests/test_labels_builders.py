@@ -79,9 +79,7 @@ def test_builders_run_as_scripts_from_anywhere(tmp_path: Path) -> None:
         (["image_id,isup_grade", "a,1"], "1 patients cannot be divided into 3 parts"),
     ],
 )
-def test_panda_faults(
-    tmp_path: Path, lines: list[str], part: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_panda_faults(tmp_path: Path, lines: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert build_panda.main([str(write(tmp_path / "t.csv", lines)), str(tmp_path / "out.csv")]) == 2
     assert part in capsys.readouterr().err
     assert not (tmp_path / "out.csv").exists()
@@ -134,9 +132,7 @@ def test_survival_from_every_table(tmp_path: Path, table: Callable[[], list[str]
 
 def test_built_survival_labels_are_the_published_bins(tmp_path: Path) -> None:
     write(tmp_path / "clinical.txt", gdc())
-    slides = write(
-        tmp_path / "slides.txt", [f"{case(i)}{DX}.svs" for i in range(24)] + [f"{case(3)}-01Z-00-DX2.X.svs"]
-    )
+    slides = write(tmp_path / "slides.txt", [f"{case(i)}{DX}.svs" for i in range(24)] + [f"{case(3)}-01Z-00-DX2.X.svs"])
     out = tmp_path / "folds"
     build_survival.main([str(tmp_path / "clinical.txt"), str(out), "--slides", str(slides)])
     store = [name.removesuffix(".svs") for name in slides.read_text().split()]
@@ -150,9 +146,7 @@ def test_built_survival_labels_are_the_published_bins(tmp_path: Path) -> None:
 
 def test_survival_reports_every_drop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write(tmp_path / "clinical.txt", gdc())
-    slides = write(
-        tmp_path / "manifest.txt", ["id\tfilename\tmd5"] + [f"u\t{case(i)}{DX}.svs\tm" for i in range(20)]
-    )
+    slides = write(tmp_path / "manifest.txt", ["id\tfilename\tmd5"] + [f"u\t{case(i)}{DX}.svs\tm" for i in range(20)])
     arguments = [str(source), str(tmp_path / "out"), "--study", "TCGA-BRCA", "--slides", str(slides)]
     assert build_survival.main(arguments) == 0
     said = capsys.readouterr().out
@@ -178,9 +172,7 @@ def test_survival_reports_every_drop(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["patient_id,os,os.time", "a,1,3", "b,0,4"], "cannot be cut into 4 bins"),
     ],
 )
-def test_survival_faults(
-    tmp_path: Path, lines: list[str], part: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_survival_faults(tmp_path: Path, lines: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert build_survival.main([str(write(tmp_path / "t.csv", lines)), str(tmp_path / "out")]) == 2
     assert part in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -35,16 +35,12 @@ def surv_fault(folder: Path, text: str, **values: Any) -> str:
 
 def test_the_good_csv_is_good(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text(GOOD)
-    cohort = load_cohort(
-        LabelOptions(csv_path=str(tmp_path / "labels.csv"), datasets="brca", cv_fold=1), "abcd"
-    )
+    cohort = load_cohort(LabelOptions(csv_path=str(tmp_path / "labels.csv"), datasets="brca", cv_fold=1), "abcd")
     assert len(cohort.folds[0].train) == 2
 
 
 def test_all_faults_come_at_once(tmp_path: Path) -> None:
-    text = (
-        HEAD + "p1,a,IDC,train\np2,b,DCIS,train\np3,c,IDC,tset\np1,d,ILC,test\np5,zz,ILC,test\n,e,IDC,test\n"
-    )
+    text = HEAD + "p1,a,IDC,train\np2,b,DCIS,train\np3,c,IDC,tset\np1,d,ILC,test\np5,zz,ILC,test\n,e,IDC,test\n"
     message = fault(tmp_path, text)
     for part in (
         "row 3: label 'DCIS' is outside the classes (IDC, ILC)",
@@ -166,16 +162,10 @@ def test_a_stored_label_that_is_no_bin(tmp_path: Path) -> None:
 
 
 def test_number_of_classes_that_does_not_fit(tmp_path: Path) -> None:
-    assert "holds 2 classes (IDC, ILC), but n_classes is 3" in fault(
-        tmp_path, GOOD, datasets="mine", n_classes=3
-    )
-    assert "classes names 2 (x, y), but n_classes is 3" in fault(
-        tmp_path, GOOD, classes=("x", "y"), n_classes=3
-    )
+    assert "holds 2 classes (IDC, ILC), but n_classes is 3" in fault(tmp_path, GOOD, datasets="mine", n_classes=3)
+    assert "classes names 2 (x, y), but n_classes is 3" in fault(tmp_path, GOOD, classes=("x", "y"), n_classes=3)
     numbers = GOOD.replace("IDC", "0").replace("ILC", "2")
-    assert "label '2' is outside the classes (0 to 1)" in fault(
-        tmp_path, numbers, datasets="bio_x", n_classes=2
-    )
+    assert "label '2' is outside the classes (0 to 1)" in fault(tmp_path, numbers, datasets="bio_x", n_classes=2)
 
 
 def test_splits_that_cannot_be_made(tmp_path: Path) -> None:
@@ -186,9 +176,7 @@ def test_splits_that_cannot_be_made(tmp_path: Path) -> None:
 
 def test_folder_without_the_fold(tmp_path: Path) -> None:
     (tmp_path / "fold_0.csv").write_text(GOOD)
-    with pytest.raises(
-        UserError, match=r"holds fold_0.csv; folds 0 to 1 are asked for, so fold_1.csv is missing"
-    ):
+    with pytest.raises(UserError, match=r"holds fold_0.csv; folds 0 to 1 are asked for, so fold_1.csv is missing"):
         load_cohort(LabelOptions(csv_path=str(tmp_path), datasets="brca", cv_fold=2), "abcd")
 
 

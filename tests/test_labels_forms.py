@@ -84,15 +84,11 @@ def test_two_columns_give_a_random_test_share(tmp_path: Path) -> None:
 
 def test_folder_of_folds(tmp_path: Path) -> None:
     for k, test in enumerate(("c", "d")):
-        rows = [
-            f"p{s},{s},{'IDC' if s in 'ac' else 'ILC'},{'test' if s == test else 'train'}" for s in "abcd"
-        ]
+        rows = [f"p{s},{s},{'IDC' if s in 'ac' else 'ILC'},{'test' if s == test else 'train'}" for s in "abcd"]
         (tmp_path / f"fold_{k}.csv").write_text("case,slide,label,fold\n" + "\n".join(rows))
     options = LabelOptions(csv_path=str(tmp_path), datasets="brca", cv_fold=2)
     assert [[s.id for s in fold.test] for fold in load_cohort(options, "abcd").folds] == [["c"], ["d"]]
-    second = load_cohort(
-        LabelOptions(csv_path=str(tmp_path), datasets="brca", cv_fold=2, fold_start=1), "abcd"
-    )
+    second = load_cohort(LabelOptions(csv_path=str(tmp_path), datasets="brca", cv_fold=2, fold_start=1), "abcd")
     assert [fold.index for fold in second.folds] == [1]
 
 
@@ -154,9 +150,7 @@ def test_slide1_does_not_take_slide10(tmp_path: Path) -> None:
 
 
 def test_barcodes_own_their_slides_only_at_a_boundary(tmp_path: Path) -> None:
-    text = (
-        "ID,Label,Split\nTCGA-AA-0001,IDC,train\nTCGA-AA-0002-01Z-00-DX1,ILC,train\nTCGA-AA-0003,IDC,test\n"
-    )
+    text = "ID,Label,Split\nTCGA-AA-0001,IDC,train\nTCGA-AA-0002-01Z-00-DX1,ILC,train\nTCGA-AA-0003,IDC,test\n"
     store = [
         "TCGA-AA-0001-01Z-00-DX1.U1",
         "TCGA-AA-0001-01Z-00-DX2.U2",
@@ -183,9 +177,7 @@ def test_bag_levels_hold_the_same_slides(tmp_path: Path) -> None:
 
 def test_wsi_column_lists_the_slides_of_a_patient(tmp_path: Path) -> None:
     text = SURV.replace("Split", "Split,WSI").replace("train\n", "train,?\n").replace("test\n", "test,?\n")
-    lines = [
-        line.replace("?", f"x{line.split(',')[0]}.pt;y{line.split(',')[0]}.pt") for line in text.split("\n")
-    ]
+    lines = [line.replace("?", f"x{line.split(',')[0]}.pt;y{line.split(',')[0]}.pt") for line in text.split("\n")]
     store = {f"{x}{i}" for i in range(1, 13) for x in "xy"}
     cohort = load(tmp_path, "\n".join(lines), store, datasets="surv", n_bins=2)
     assert cohort.folds[0].train[0].slides == ("x1", "y1")

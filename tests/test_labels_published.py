@@ -120,15 +120,11 @@ def test_default_bins_ignore_test_times(folder: Path) -> None:
         below = [sum(time < edge for time in events) / len(events) for edge in fold.bin_edges]
         assert below == pytest.approx([0.25, 0.5, 0.75], abs=1.5 / len(events))
     assert len({fold.bin_edges for fold in cohort.folds}) == 3
-    assert fingerprint(cohort) != fingerprint(
-        load_cohort(survival(folder, bins="published"), wsi_slides(folder))
-    )
+    assert fingerprint(cohort) != fingerprint(load_cohort(survival(folder, bins="published"), wsi_slides(folder)))
 
 
 def test_barcodes_match_where_the_wsi_names_are_absent(folder: Path) -> None:
     cases = column(folder / "survival_tcga_brca_3fold" / "fold_0.csv", "ID")
-    cohort = load_cohort(
-        survival(folder), {f"{case}-01Z-00-DX1.ABC" for case in cases} | {"TCGA-XX-0000-01Z"}
-    )
+    cohort = load_cohort(survival(folder), {f"{case}-01Z-00-DX1.ABC" for case in cases} | {"TCGA-XX-0000-01Z"})
     assert sum(len(part) for part in cohort.folds[0].splits().values()) == 1007
     assert any("by their barcode" in note for note in cohort.notes)

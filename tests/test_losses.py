@@ -101,9 +101,7 @@ def test_a_step_against_the_gradient_moves_the_risk_the_right_way() -> None:
 
 
 def test_risk_by_hand() -> None:
-    risk = survival_risk(
-        torch.tensor([[0.0, 0.0, 0.0, 0.0], [-60.0, -60.0, -60.0, -60.0], [60.0, 0.0, 0.0, 0.0]])
-    )
+    risk = survival_risk(torch.tensor([[0.0, 0.0, 0.0, 0.0], [-60.0, -60.0, -60.0, -60.0], [60.0, 0.0, 0.0, 0.0]]))
     torch.testing.assert_close(risk, torch.tensor([-0.9375, -4.0, 0.0]))
 
 

@@ -21,9 +21,7 @@ def cohort_csv(folder: Path, patients: int = 60, survival: bool = False) -> list
         for s in range(1 + p % 3):
             slides.append(f"p{p}_s{s}")
             rare = p % 4 == 0
-            lines.append(
-                f"p{p},{slides[-1]}," + (f"{p + 1},{int(rare)}" if survival else "ILC" if rare else "IDC")
-            )
+            lines.append(f"p{p},{slides[-1]}," + (f"{p + 1},{int(rare)}" if survival else "ILC" if rare else "IDC"))
     (folder / "labels.csv").write_text("\n".join(lines))
     return slides
 
@@ -97,9 +95,7 @@ def test_val2test_in_folds_gives_the_validation_share_to_test(tmp_path: Path) ->
 def test_a_split_column_is_not_used_for_folds_and_said(tmp_path: Path) -> None:
     slides = cohort_csv(tmp_path)
     text = (tmp_path / "labels.csv").read_text().split("\n")
-    (tmp_path / "labels.csv").write_text(
-        "\n".join([text[0] + ",fold", *(line + ",train" for line in text[1:])])
-    )
+    (tmp_path / "labels.csv").write_text("\n".join([text[0] + ",fold", *(line + ",train" for line in text[1:])]))
     cohort = folds(tmp_path, slides)
     assert all(fold.test for fold in cohort.folds)
     assert any("split column is not used" in note for note in cohort.notes)
