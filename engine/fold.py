@@ -205,6 +205,8 @@ class FoldRun:
         size = min(options.accumulation_steps, steps - group)
         update = step + 1 == group + size
         meters.loss.add(self.learner.step(bags, divide_by=size, update=update), ids)
+        if self.learner.aux_loss is not None:
+            meters.aux.add(self.learner.aux_loss)
         if update and self.learner.grad_norm is not None:
             meters.norm.add(self.learner.grad_norm)
         return update
@@ -220,8 +222,11 @@ class FoldRun:
             "data_wait": meters.speed.data_share,
             "speed": speed(meters.speed),
         }
-        norm = meters.norm.mean
-        return values if norm is None else {**values, "grad_norm": norm}
+        values |= meters.speed.counts()
+        if self.learner.ema is not None:
+            values["mm"] = self.train_options.mm
+        means = {"grad_norm": meters.norm.mean, "aux_loss": meters.aux.mean}
+        return values | {name: mean for name, mean in means.items() if mean is not None}
 
     def _synchronise(self) -> None:
         """Averages the BatchNorm statistics of the processes, so that all of them evaluate the same model."""

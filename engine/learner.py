@@ -67,6 +67,7 @@ class Learner:
     Attributes:
         favoured: patches per bag that the attention of the EMA model chooses for a step; 0: all that the bag holds.
         grad_norm: norm of the last update's gradient before clipping; None without clipping.
+        aux_loss: the head's own loss of the last step, unweighted; None for a head without one.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Learner:
         if options.torchcompile and model.encoder is not None:
             model.encoder.compile(mode=options.torchcompile_mode)
         self.grad_norm: Tensor | None = None
+        self.aux_loss: Tensor | None = None
         self.favoured = 0
         self.wrapped: SlideModel | DistributedDataParallel = model
         if processes.world > 1:
@@ -140,6 +142,7 @@ class Learner:
             logits, aux = self.wrapped(inputs, bags.sizes, bags.keep, labels, criterion, bags.pos)
         main_weight, aux_weight = self.loss_weights
         loss = main_weight * self.task.loss(logits.float(), bags.target)
+        self.aux_loss = None if aux is None else aux.detach().float()
         return loss if aux is None else loss + aux_weight * aux.float()
 
     def _update(self) -> None:

@@ -61,22 +61,25 @@ class LossMeter:
         self._count = state["count"]
 
 
-class NormMeter:
-    """Mean gradient norm of an epoch, before clipping; updates that the gradient scaler skips do not count."""
+class MeanMeter:
+    """Mean of a number over an epoch, without waiting for the device; values that are not finite do not count.
+
+    (A gradient norm is infinite where the gradient scaler skips the update.)
+    """
 
     def __init__(self) -> None:
         self._sum: Tensor | float = 0.0
         self._count: Tensor | int = 0
 
-    def add(self, norm: Tensor) -> None:
-        """Takes the norm of one update, a scalar on the device."""
-        finite = norm.isfinite()
-        self._sum = self._sum + torch.where(finite, norm, 0.0)
+    def add(self, value: Tensor) -> None:
+        """Takes one value, a scalar on the device."""
+        finite = value.isfinite()
+        self._sum = self._sum + torch.where(finite, value, 0.0)
         self._count = self._count + finite.int()
 
     @property
     def mean(self) -> float | None:
-        """None where no norm was taken."""
+        """None where no value was taken."""
         return float(self._sum) / int(self._count) if int(self._count) else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -92,14 +95,17 @@ class Meter:
     def __init__(self) -> None:
         self.begin = time.perf_counter()
         self.waited = 0.0
-        self.instances = 0
+        self.instances = self.kept = self.steps = 0
 
     def wait(self, stream: Iterator[Any]) -> Any:
         """The next batch, counting the time until it is there."""
         begin = time.perf_counter()
         batch = next(stream)
         self.waited += time.perf_counter() - begin
-        self.instances += sum(batch.sizes)
+        size = sum(batch.sizes)
+        self.instances += size
+        self.kept += size if batch.keep is None else int(batch.keep.sum())
+        self.steps += 1
         return batch
 
     @property
@@ -107,16 +113,27 @@ class Meter:
         return time.perf_counter() - self.begin
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "waited": self.waited, "instances": self.instances}
+        counts = {"instances": self.instances, "kept": self.kept, "steps": self.steps}
+        return {"seconds": self.seconds, "waited": self.waited, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.begin -= state["seconds"]
-        self.waited, self.instances = state["waited"], state["instances"]
+        self.waited = state["waited"]
+        self.instances, self.kept, self.steps = state["instances"], state["kept"], state["steps"]
 
     @property
     def rate(self) -> float:
         """Instances per second."""
         return self.instances / max(self.seconds, 1e-9)
+
+    def counts(self) -> dict[str, float]:
+        """Instances per step of this process, those that reach the MIL head, and the share that only fills up bags."""
+        steps, instances = max(self.steps, 1), max(self.instances, 1)
+        return {
+            "patches_per_step": self.instances / steps,
+            "kept_per_step": self.kept / steps,
+            "pad_ratio": 1 - self.kept / instances,
+        }
 
     @property
     def data_share(self) -> float:
@@ -128,7 +145,7 @@ class EpochMeters:
     """What is measured in one epoch of training."""
 
     def __init__(self) -> None:
-        self.loss, self.norm, self.speed = LossMeter(), NormMeter(), Meter()
+        self.loss, self.norm, self.aux, self.speed = LossMeter(), MeanMeter(), MeanMeter(), Meter()
 
     def state_dict(self) -> dict[str, Any]:
         return {k: meter.state_dict() for k, meter in vars(self).items()}
@@ -136,6 +153,7 @@ class EpochMeters:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.loss.load_state_dict(state["loss"], device)
         self.norm.load_state_dict(state["norm"], device)
+        self.aux.load_state_dict(state["aux"], device)
         self.speed.load_state_dict(state["speed"])
 
 

@@ -62,8 +62,9 @@ class Records:
                 self.tracker.log(epoch_values(fold, history, self.selection), step=values["epoch"])
 
     def _lines(self) -> list[dict[str, Any]]:
+        """The whole lines; a last one that a kill cut off belongs to an epoch that will be done again."""
         text = (self.folder / "metrics.jsonl").read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines() if line]
+        return [json.loads(line) for line in text.split("\n")[:-1] if line]
 
     def forget(self, fold: int, from_epoch: int) -> None:
         """Removes the lines of a fold from ``from_epoch`` on: they are about to be written again."""

@@ -19,7 +19,12 @@ from utils.config import Config
 from utils.errors import UserError
 from utils.files import write_text
 
-EPOCH_NAMES = {"train_loss": "main_loss", "epoch": "val_epoch", "patches_per_step": "patch_num"}
+EPOCH_NAMES = {
+    "train_loss": "main_loss",
+    "epoch": "val_epoch",
+    "patches_per_step": "patch_num",
+    "kept_per_step": "keep_num",
+}
 """Our names of an epoch's other values -> the published ones."""
 
 SUMMARY_NAMES = {**PUBLISHED_NAMES, "f1_macro": "f1", "precision_macro": "pre"}

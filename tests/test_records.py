@@ -13,6 +13,7 @@ import pytest
 from tiny import TinyCohort, make_tiny_cohort
 
 import main
+from engine.records import Records
 from engine.trackers import epoch_values, fold_values, published_key, summary_values
 
 OPTIONS = ("--model=e2e_timm:test_resnet_abmilx", "--num_epoch=1", "--no_early_stopping")
@@ -170,3 +171,24 @@ def test_wandb_without_a_login_gets_a_sentence(
     monkeypatch.setattr(wandb, "init", refuse)
     assert main.main(tiny.options(*OPTIONS, "--wandb", f"--output_path={tmp_path}")) == 2
     assert "WANDB_MODE=offline" in caplog.text
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path: Path) -> None:
+    records = Records(tmp_path, active=True)
+    records.epoch(0, {"epoch": 0, "train_loss": 1.0})
+    whole = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"fold": 0, "epoch": 1, "tra')
+    records.forget(0, from_epoch=1)
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+
+
+def test_an_epoch_says_how_many_patches_reach_the_head(tiny: TinyCohort, tmp_path: Path) -> None:
+    padded = ("--same_psize=12", "--pad_enc_bs", "--model=e2e_timm:test_resnet_dsmil", "--test_type=both")
+    assert main.main(tiny.options(*OPTIONS, *padded, f"--output_path={tmp_path}")) == 0
+    line = json.loads((tmp_path / "default" / "default" / "metrics.jsonl").read_text().splitlines()[0])
+    assert line["patches_per_step"] == 4 * 12
+    assert line["kept_per_step"] < 4 * 12
+    assert line["pad_ratio"] == pytest.approx(1 - line["kept_per_step"] / 48)
+    assert line["aux_loss"] > 0
+    assert line["mm"] == 0.9997
+    assert epoch_values(0, [line], "auc")["0-fold/keep_num"] == line["kept_per_step"]

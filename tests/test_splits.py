@@ -133,3 +133,18 @@ def test_edges_need_distinct_event_times() -> None:
         cut_edges([1, 1, 1, 1, 2], [1, 1, 1, 1, 1], 4)
     with pytest.raises(UserError, match="0 events"):
         cut_edges([1, 2], [0, 0], 2)
+
+
+def test_val_ratio_makes_a_validation_set_of_training_patients_where_the_csv_has_none(tmp_path: Path) -> None:
+    slides = cohort_csv(tmp_path)
+    lines = (tmp_path / "labels.csv").read_text().split("\n")
+    rows = [line + (",test" if line.split(",")[0] in {"p1", "p2", "p3", "p4"} else ",train") for line in lines[1:]]
+    (tmp_path / "labels.csv").write_text("\n".join([lines[0] + ",fold", *rows]))
+    (without,) = folds(tmp_path, slides, cv_fold=1).folds
+    assert without.selection == "test"
+    (fold,) = folds(tmp_path, slides, cv_fold=1, val_ratio=0.25).folds
+    assert fold.selection == "val"
+    assert fold.test == without.test
+    assert {s.case for s in fold.train} | {s.case for s in fold.val} == {s.case for s in without.train}
+    assert not {s.case for s in fold.train} & {s.case for s in fold.val}
+    assert len(fold.val) == pytest.approx(len(without.train) / 4, abs=3)
