@@ -137,7 +137,8 @@ def own_split(table: Table, options: LabelOptions, fold: int, faults: Faults) ->
         return _on_test(train, test + val, "val2test was given" if val else "the csv has no val rows", [])
     if not val and options.val_ratio:
         seed = options.fold_seed(fold)
-        drawn = f"{table.name}: no val rows; {options.val_ratio:g} of the training rows, by patient, are validation (seed {seed})."
+        share = f"{options.val_ratio:g} of the training rows, by patient,"
+        drawn = f"{table.name}: no val rows; {share} are validation (seed {seed})."
         kept, held_out = _divide(train, [1 - options.val_ratio, options.val_ratio], seed)
         return SplitRows(tuple(kept), tuple(held_out), test, "val", (drawn,))
     if not val:
