@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from datasets.bags import Bags, EvalParts, TrainBags
-from datasets.ring import BatchRing, emptied
+from datasets.ring import BatchRing
 from utils.errors import UserError
 from utils.stop import ignore_stop_signals
 
@@ -140,6 +142,30 @@ def train_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) 
         worker_init_fn=quiet_worker,
     )
     return iter(loader) if bags.ring is None else emptied(loader, bags.ring)
+
+
+def emptied(batches: Iterable[Bags], ring: BatchRing) -> Iterator[Bags]:
+    """The batches with their instances, which lie in ``ring`` and are good until the next batch is asked for."""
+    used: deque[tuple[int, torch.cuda.Event | None]] = deque()
+    try:
+        for bags in batches:
+            slot = bags.slot
+            if slot is None:
+                yield bags
+                continue
+            yield dataclasses.replace(bags, instances=ring.buffers[slot][: sum(bags.sizes)])
+            event = None
+            if ring.pinned:  # the copy to the device was queued before this event, on the same stream
+                event = torch.cuda.Event()
+                event.record()
+            used.append((slot, event))
+            while len(used) > (event is not None):
+                done, copied = used.popleft()
+                if copied is not None:
+                    copied.synchronize()
+                ring.give_back(done)
+    finally:
+        ring.close()
 
 
 def eval_loader(parts: EvalParts, options: LoaderOptions, keep_workers: bool = False) -> DataLoader[Bags]:

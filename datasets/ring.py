@@ -10,17 +10,12 @@ waits for a buffer that cannot come back.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections import deque
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
 from torch.utils.data import get_worker_info
-
-from datasets.bags import Bags
 
 
 class BatchRing:
@@ -64,27 +59,3 @@ class BatchRing:
             torch.cuda.synchronize()
             for buffer in self.buffers:
                 torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
-
-
-def emptied(batches: Iterable[Bags], ring: BatchRing) -> Iterator[Bags]:
-    """The batches with their instances, which lie in ``ring`` and are good until the next batch is asked for."""
-    used: deque[tuple[int, torch.cuda.Event | None]] = deque()
-    try:
-        for bags in batches:
-            slot = bags.slot
-            if slot is None:
-                yield bags
-                continue
-            yield dataclasses.replace(bags, instances=ring.buffers[slot][: sum(bags.sizes)])
-            event = None
-            if ring.pinned:  # the copy to the device was queued before this event, on the same stream
-                event = torch.cuda.Event()
-                event.record()
-            used.append((slot, event))
-            while len(used) > (event is not None):
-                done, copied = used.popleft()
-                if copied is not None:
-                    copied.synchronize()
-                ring.give_back(done)
-    finally:
-        ring.close()

@@ -20,7 +20,7 @@ from utils.errors import UserError
 
 if TYPE_CHECKING:
     from datasets.views import Renderer
-    from engine.learner import Precision
+    from engine.precision import Precision
     from modules.model import SlideModel
 
 

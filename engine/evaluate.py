@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datasets.bags import Bags
 from datasets.views import Renderer
-from engine.learner import Precision
+from engine.precision import Precision
 from modules.model import SlideModel
 from utils.dist import Processes
 from utils.stop import Stopped

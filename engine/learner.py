@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,39 +17,13 @@ from datasets.bags import Bags
 from datasets.views import Renderer
 from engine.attention_sampling import favourites, reduced
 from engine.optim import build_optimizer, build_schedule
+from engine.precision import Precision
 from engine.tasks import Task
 from modules.model import SlideModel, bare_state_dict
 from utils.config import TrainConfig
 from utils.dist import Processes
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Mixed precision of forward passes; losses and metrics are computed in float32 whatever is chosen here."""
-
-    device: str
-    dtype: torch.dtype | None
-
-    @classmethod
-    def choose(cls, options: TrainConfig, device: torch.device) -> Precision:
-        """bf16 where the device has it, else fp16; on a CPU always bf16."""
-        if not options.amp:
-            return cls(device.type, None)
-        if device.type == "cpu":
-            return cls("cpu", torch.bfloat16)
-        name = options.amp_dtype
-        if name == "auto":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        return cls("cuda", {"bf16": torch.bfloat16, "fp16": torch.float16}[name])
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(self.device, self.dtype) if self.dtype else contextlib.nullcontext()
-
-    @property
-    def needs_scaling(self) -> bool:
-        return self.dtype == torch.float16
 
 
 class Learner:

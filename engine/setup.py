@@ -14,7 +14,7 @@ from datasets.label_options import LabelOptions
 from datasets.labels import Cohort, load_cohort
 from datasets.sampling import Regions, bag_limit
 from datasets.views import Renderer, ViewPlan
-from engine.learner import Precision
+from engine.precision import Precision
 from engine.sources import Sources, check_features, check_positions, keep_in_memory, open_sources
 from engine.task_builder import check_task_options
 from engine.training_options import check_training_options
