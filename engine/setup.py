@@ -15,7 +15,7 @@ from datasets.labels import Cohort, load_cohort
 from datasets.sampling import Regions, bag_limit
 from datasets.views import Renderer, ViewPlan
 from engine.precision import Precision
-from engine.sources import Sources, check_features, check_positions, keep_in_memory, open_sources
+from engine.sources import Sources, check_features, check_paths, check_positions, keep_in_memory, open_sources
 from engine.task_builder import check_task_options
 from engine.training_options import check_training_options
 from modules.encoders import build_encoder, load_encoder_weights
@@ -24,7 +24,7 @@ from modules.model import SlideModel
 from modules.names import parse_model_name
 from modules.registry import UnknownNameError
 from utils.config import Config, DataConfig, ModelConfig
-from utils.errors import UserError
+from utils.errors import Faults, UserError
 
 log = logging.getLogger(__name__)
 
@@ -57,16 +57,8 @@ def prepare(config: Config) -> Setup:
         UserError: for every fault found in model name, stores and labels.
     """
     check_training_options(config)
-    try:
-        encoder, mil = parse_model_name(config.model.model)
-    except UnknownNameError as error:
-        raise UserError(f"--model={config.model.model}: {error}") from error
+    encoder, mil = _checked_names(config)
     data = config.data
-    if data.image_input and encoder is None:
-        raise UserError(
-            f"--image_input: patches need an encoder, and the model name {config.model.model!r} names none. "
-            f"Give --model=e2e_r18_{mil}, or leave image_input out to train on features."
-        )
     positions = uses_positions(mil, config.model) or data.num_group_2d is not None
     sources = open_sources(data, encoder is not None, positions)
     cohort = load_cohort(LabelOptions.from_config(data, config.model, config.train), sources.slides)
@@ -83,6 +75,24 @@ def prepare(config: Config) -> Setup:
     if sources.stored_px is not None:
         views = ViewPlan(data.img_transform, data.crop_scale, sources.stored_px, data.crop_size, data.img_trans_chunk)
     return Setup(config, encoder, mil, sources, cohort, sampling_plan(data), views)
+
+
+def _checked_names(config: Config) -> tuple[str | None, str]:
+    """Encoder and head that the model name holds; raises UserError with its faults and those of all paths."""
+    faults, name = Faults("input"), config.model.model
+    encoder, mil = None, ""
+    try:
+        encoder, mil = parse_model_name(name)
+    except UnknownNameError as error:
+        faults.add(f"--model={name}: {error}")
+    if config.data.image_input and mil and encoder is None:
+        faults.add(
+            f"--image_input: patches need an encoder, and the model name {name!r} names none. "
+            f"Give --model=e2e_r18_{mil}, or leave image_input out to train on features."
+        )
+    check_paths(config.data, name.startswith("e2e_"), faults)
+    faults.raise_if_any()
+    return encoder, mil
 
 
 def sampling_plan(data: DataConfig) -> SamplingPlan:

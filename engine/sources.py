@@ -49,18 +49,8 @@ class Sources:
     fingerprints: dict[str, str]
 
 
-def open_sources(data: DataConfig, pixels: bool, positions: bool = False) -> Sources:
-    """Opens the stores or feature folders that the options name.
-
-    Args:
-        data: paths and options.
-        pixels: stores of patches; otherwise features.
-        positions: bags carry the grid positions of their instances.
-
-    Raises:
-        UserError: for missing paths, sizes that do not fit each other, and slides that one magnification lacks.
-    """
-    faults = Faults("data")
+def check_paths(data: DataConfig, pixels: bool, faults: Faults) -> None:
+    """Adds what is wrong with the paths and with the options that go with them, before anything is opened."""
     if not data.dataset_root:
         faults.add(
             "dataset_root is not set: give --dataset_root, the store (or feature folder) of the high magnification"
@@ -74,9 +64,30 @@ def open_sources(data: DataConfig, pixels: bool, positions: bool = False) -> Sou
     for name, remedy in FEATURES_ONLY.items() if pixels else ():
         if getattr(data, name) != getattr(DataConfig(), name):
             faults.add(f"{name} is for features, and this model takes patches: {remedy}. Remove --{name}")
+    remedy = "Write one with CLAM/save_patches.py, or correct the path" if pixels else "Correct the path"
+    kind = "store" if pixels else "feature folder"
+    for root in (data.dataset_root, data.dataset_sub_root, data.dataset_test_root):
+        if root and not Path(root).exists():
+            faults.add(f"there is no {kind} {root}. {remedy}")
+    if not data.csv_path:
+        faults.add("csv_path is not set: give --csv_path, a label csv or a folder of fold_<k>.csv")
+    elif not Path(data.csv_path).exists():
+        faults.add(f"there is no label file {data.csv_path}. Correct --csv_path")
+
+
+def open_sources(data: DataConfig, pixels: bool, positions: bool = False) -> Sources:
+    """Opens the stores or feature folders that the options name.
+
+    Args:
+        data: paths and options.
+        pixels: stores of patches; otherwise features.
+        positions: bags carry the grid positions of their instances.
+
+    Raises:
+        UserError: for files that are no stores, and sizes that do not fit each other.
+    """
     if data.dataset_sub_root and not data.mul_scale_input:
         log.info("dataset_sub_root is given but not read: bags have one magnification without --mul_scale_input.")
-    faults.raise_if_any()
     sources = _pixel_sources(data) if pixels else _feature_sources(data)
     if positions:
         return _with_positions(sources, data)

@@ -178,3 +178,10 @@ def test_check_reads_everything_and_trains_nothing(tiny, tmp_path, caplog):
     assert main.main(["check", *tiny.options(f"--output_path={tmp_path}")]) == 0
     assert "in order" in caplog.text
     assert not list(tmp_path.iterdir())
+
+
+def test_all_faults_of_the_input_are_named_at_once(tiny, caplog):
+    wrong = ["--model=e2e_r18_abmily", "--csv_path=no.csv", "--dataset_root=no.lmdb", "--mul_scale_input"]
+    assert main.main(tiny.options(*wrong)) == 2
+    for word in ("abmily", "no.csv", "no.lmdb", "--dataset_sub_root"):
+        assert word in caplog.text
