@@ -2,9 +2,8 @@
 
     python benchmarks/abmilx_memory.py [check] [tiles] [kernels] [model]        (all parts by default)
 
-
-Without a GPU it compares the whole head with the published N x N form on the CPU, in float32.
-The bags are random features of width 1024, 8 heads of 64, as in docs/decisions/abmilx-attention-kernel.md.
+Without a GPU it compares the whole head with the published N x N form on the CPU, in float32. The bags are
+random features of width 1024, 8 heads of 64, as in docs/decisions/abmilx-attention-kernel.md.
 """
 
 from __future__ import annotations
