@@ -53,6 +53,30 @@ def build_learner(setup: Setup, fold: Fold, task: Task, processes: Processes) ->
     return learner
 
 
+def training_stream(
+    setup: Setup, fold: Fold, processes: Processes, epochs: tuple[int, int], start_step: int = 0
+) -> TrainStream:
+    """The training batches of this process in ``epochs`` (first one, one behind the last)."""
+    options = setup.config.train
+    return TrainStream(
+        len(fold.train),
+        options.batch_size,
+        rank=processes.rank,
+        world=processes.world,
+        seed=fold.seed,
+        drop_last=options.drop_last,
+        epochs=epochs,
+        start_step=start_step,
+        strata=task_builder.strata(setup.config, fold.train),
+    )
+
+
+def training_batches(setup: Setup, fold: Fold, processes: Processes, stream: TrainStream) -> Iterator[Bags]:
+    """The batches of ``stream``, prepared as the options say."""
+    bags = TrainBags(fold.train, setup.sources.train, setup.plan, setup.views, fold.seed)
+    return train_batches(bags, stream, loader_options(setup, processes, setup.config.data.num_workers))
+
+
 class FoldRun:
     """Everything of one fold, in the order it happens: ``train()``, then ``test()``."""
 
@@ -120,7 +144,7 @@ class FoldRun:
         trace = self.records.folder / f"trace_rank{self.processes.rank}.json"
         self.trace = StepTrace(trace if self.setup.config.run.profile else None)
         stream = self._stream()
-        batches = self._batches(stream)
+        batches = training_batches(self.setup, self.fold, self.processes, stream)
         with torch.autograd.set_detect_anomaly(self.setup.config.run.debug):
             for epoch in range(first, options.num_epoch):
                 values = self._one_epoch(epoch, batches, stream.steps_per_epoch)
@@ -157,23 +181,8 @@ class FoldRun:
         return [name for name in self.names if self.keep_last or self.progress.best[name].epoch == epoch]
 
     def _stream(self) -> TrainStream:
-        options, progress = self.train_options, self.progress
-        return TrainStream(
-            len(self.fold.train),
-            options.batch_size,
-            rank=self.processes.rank,
-            world=self.processes.world,
-            seed=self.fold.seed,
-            drop_last=options.drop_last,
-            epochs=(progress.epoch + (progress.trained is not None), options.num_epoch),
-            start_step=progress.step,
-            strata=task_builder.strata(self.setup.config, self.fold.train),
-        )
-
-    def _batches(self, stream: TrainStream) -> Iterator[Bags]:
-        setup = self.setup
-        bags = TrainBags(self.fold.train, setup.sources.train, setup.plan, setup.views, self.fold.seed)
-        return train_batches(bags, stream, loader_options(setup, self.processes, setup.config.data.num_workers))
+        epochs = self.progress.epoch + (self.progress.trained is not None), self.train_options.num_epoch
+        return training_stream(self.setup, self.fold, self.processes, epochs, self.progress.step)
 
     def _train_epoch(self, epoch: int, batches: Iterator[Bags], steps: int) -> dict[str, Any]:
         meters, load = EpochMeters(), memory.Load()
