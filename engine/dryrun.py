@@ -7,7 +7,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from engine.fold import EVALUATED, build_learner
 from engine.learner import Learner
 from engine.records import run_folder
 from engine.setup import Setup
+from engine.timing import seconds_per_call
 from modules.model import bare_state_dict
 from utils.dist import Processes
 from utils.log import duration
@@ -92,7 +93,7 @@ def _train_rate(setup: Setup, fold: Fold, learner: Learner, processes: Processes
     log.info("dry run: %d steps on %s (%d instances)", STEPS + 1, ", ".join(names), sum(bags.sizes))
     learner.model.train()
     with memory.explained(memory.Load(names, sum(bags.sizes)), setup.config, training=True):
-        seconds = _timed(lambda: learner.step(bags, divide_by=1, update=True), processes.device, STEPS)
+        seconds = seconds_per_call(lambda: learner.step(bags, divide_by=1, update=True), processes.device, STEPS)
     return sum(bags.sizes) / seconds, read
 
 
@@ -109,23 +110,7 @@ def _evaluation_rate(setup: Setup, fold: Fold, learner: Learner, processes: Proc
         predict(learner.model, parts, learner.renderer, learner.precision, alone)
 
     with memory.explained(memory.Load([samples[largest].id], count), setup.config, training=False):
-        return count / _timed(evaluate, processes.device, 1)
-
-
-def _timed(work: Callable[[], Any], device: torch.device, times: int) -> float:
-    """Seconds that ``work`` takes, once warm."""
-    work()
-    _wait(device)
-    begin = time.perf_counter()
-    for _ in range(times):
-        work()
-    _wait(device)
-    return (time.perf_counter() - begin) / times
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        return count / seconds_per_call(evaluate, processes.device, 1)
 
 
 def _memory_gib(device: torch.device) -> float:
