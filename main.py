@@ -10,7 +10,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from utils.dist import processes
+from utils.dist import planned_processes, processes
 from utils.errors import UserError
 from utils.log import set_up_logging
 from utils.options import parse
@@ -30,11 +30,12 @@ def train(argv: Sequence[str]) -> None:
 
 
 def check(argv: Sequence[str]) -> None:
-    """Checks options, stores, labels and splits, and trains nothing."""
+    """Checks options, stores, labels and splits for a run of ``--processes`` N processes, and trains nothing."""
     from engine import experiment
 
-    config, _ = parse(argv)
-    experiment.check(config)
+    world, rest = planned_processes(argv)
+    config, _ = parse(rest)
+    experiment.check(config, world)
 
 
 def list_models(argv: Sequence[str]) -> None:

@@ -45,8 +45,8 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
         batch_size: bags per process and step.
         rank, world: this process among its peers.
         seed: base of the shuffles.
-        drop_last: leave out the last incomplete batch; otherwise it is taken, filled up over several processes with
-            samples from the start of the shuffle.
+        drop_last: leave out the last incomplete batch; otherwise it is shared out as evenly as it can be, and a
+            process that gets none of it repeats the first sample of the epoch, which must not count (``counts``).
         epochs: first epoch and the one behind the last.
         start_step: steps of the first epoch that were done already.
         strata: class of each sample; an epoch then draws ``count`` samples with replacement, every class equally
@@ -99,12 +99,14 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
     def _slice(self, order: list[int], step: int) -> list[int]:
         size = self.batch_size * self.world
         batch = order[step * size : (step + 1) * size]
-        if len(batch) == size:
-            return batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        missing = -len(batch) % self.world
-        batch = batch + (order * self.world)[:missing]
-        share = len(batch) // self.world
-        return batch[self.rank * share : (self.rank + 1) * share]
+        own = [batch[i] for i in shard(len(batch), self.rank, self.world)]
+        return own or order[:1]
+
+    def counts(self, step: int) -> list[int]:
+        """How many bags of step ``step`` of an epoch each process has; they differ in the last one only."""
+        size = self.batch_size * self.world
+        present = min(size, self.count - step * size)
+        return [len(shard(present, rank, self.world)) for rank in range(self.world)]
 
 
 def balanced_draw(strata: Sequence[int], generator: torch.Generator) -> list[int]:

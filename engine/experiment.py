@@ -16,7 +16,7 @@ from engine.bootstrap import bootstrap, summarise
 from engine.dryrun import dry_run
 from engine.fold import FoldRun
 from engine.records import Records, environment, run_folder
-from engine.setup import Setup, build_model, prepare
+from engine.setup import Setup, build_model, check_processes, prepare
 from engine.tasks import Task
 from engine.testing import FoldResult
 from engine.trackers import fold_values, open_trackers, summary_values
@@ -28,12 +28,17 @@ from utils.seed import seed_all
 log = logging.getLogger(__name__)
 
 
-def check(config: Config) -> None:
-    """Reads and checks everything that a run would read, builds its models, prints the split cards, trains nothing."""
+def check(config: Config, processes: int = 1) -> None:
+    """Reads and checks all that a run of so many processes would read, builds its models, prints the split cards.
+
+    Raises:
+        UserError: for faults in what the user gave.
+    """
     setup = prepare(config)
     show_cohort(setup)
+    check_processes(setup, processes)
     for fold in setup.cohort.folds:
-        task = task_builder.build(config, setup.cohort, fold, processes=1)
+        task = task_builder.build(config, setup.cohort, fold, processes)
         build_model(setup, task.outputs, fold.index)
     log.info("Everything that the run reads is in order.")
 
@@ -55,6 +60,8 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
     begin = time.perf_counter()
     set_precision(config)
     setup = prepare(config)
+    if config.run.script_mode != "test":
+        check_processes(setup, processes.world)
     if config.run.dry_run:
         dry_run(setup, processes)
         return {}

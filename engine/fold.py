@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,10 @@ from datasets.loaders import TrainStream, train_batches
 from datasets.sampling import bag_limit
 from engine import memory, task_builder
 from engine.attention_sampling import check_attention_sampling
+from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
 from engine.learner import Learner
+from engine.metrics import Metrics
 from engine.profiling import StepTrace
 from engine.progress import Bar, EpochMeters, speed
 from engine.records import Records
@@ -147,7 +150,7 @@ class FoldRun:
         batches = training_batches(self.setup, self.fold, self.processes, stream)
         with torch.autograd.set_detect_anomaly(self.setup.config.run.debug):
             for epoch in range(first, options.num_epoch):
-                values = self._one_epoch(epoch, batches, stream.steps_per_epoch)
+                values = self._one_epoch(epoch, batches, stream)
                 per_epoch = (time.perf_counter() - begin) / (epoch + 1 - first)
                 self._report(epoch, values, per_epoch * (options.num_epoch - epoch - 1))
                 if self._finished():
@@ -155,9 +158,9 @@ class FoldRun:
         if self.progress.epoch < options.num_epoch:
             log.info("%s: stopped early behind epoch %d.", self.label, self.progress.epoch)
 
-    def _one_epoch(self, epoch: int, batches: Iterator[Bags], steps: int) -> dict[str, Any]:
+    def _one_epoch(self, epoch: int, batches: Iterator[Bags], stream: TrainStream) -> dict[str, Any]:
         if self.progress.trained is None:
-            values = self._train_epoch(epoch, batches, steps)
+            values = self._train_epoch(epoch, batches, stream)
             self.learner.end_epoch(epoch)
             self._synchronise()
             self.progress.step, self.progress.trained = 0, values
@@ -184,8 +187,8 @@ class FoldRun:
         epochs = self.progress.epoch + (self.progress.trained is not None), self.train_options.num_epoch
         return training_stream(self.setup, self.fold, self.processes, epochs, self.progress.step)
 
-    def _train_epoch(self, epoch: int, batches: Iterator[Bags], steps: int) -> dict[str, Any]:
-        meters, load = EpochMeters(), memory.Load()
+    def _train_epoch(self, epoch: int, batches: Iterator[Bags], stream: TrainStream) -> dict[str, Any]:
+        meters, load, steps = EpochMeters(), memory.Load(), stream.steps_per_epoch
         if self._inside is not None:
             meters.load_state_dict(self._inside["meters"], self.processes.device)
             self._inside = None
@@ -195,9 +198,8 @@ class FoldRun:
         with memory.explained(load, self.setup.config, training=True):
             for step in range(self.progress.step, steps):
                 bags = meters.speed.wait(batches)
-                ids = [self.fold.train[i].id for i in bags.index]
-                load.now(ids, sum(bags.sizes))
-                updated = self._step(epoch, step, steps, bags, ids, meters)
+                load.now([self.fold.train[i].id for i in bags.index], sum(bags.sizes))
+                updated = self._step(epoch, step, stream, bags, meters)
                 bar.step(step + 1, meters.speed)
                 self.trace.step()
                 if updated:
@@ -206,14 +208,15 @@ class FoldRun:
         self.trace.close()
         return self._training_values(meters)
 
-    def _step(self, epoch: int, step: int, steps: int, bags: Bags, ids: list[str], meters: EpochMeters) -> bool:
+    def _step(self, epoch: int, step: int, stream: TrainStream, bags: Bags, meters: EpochMeters) -> bool:
         """One batch; returns whether it ended its group of batches, so that the weights were updated."""
-        options = self.train_options
+        options, steps = self.train_options, stream.steps_per_epoch
         seed_all(step_seed(self.fold.seed, epoch, step, self.processes.rank))
         group = step - step % options.accumulation_steps
         size = min(options.accumulation_steps, steps - group)
         update = step + 1 == group + size
-        meters.loss.add(self.learner.step(bags, divide_by=size, update=update), ids)
+        loss = self.learner.step(bags, divide_by=size, update=update, counts=stream.counts(step))
+        meters.loss.add(loss, [self.fold.train[i].id for i in bags.index])
         if self.learner.aux_loss is not None:
             meters.aux.add(self.learner.aux_loss)
         if update and self.learner.grad_norm is not None:
@@ -221,20 +224,20 @@ class FoldRun:
         return update
 
     def _training_values(self, meters: EpochMeters) -> dict[str, Any]:
-        total, count = meters.loss.total()
-        totals = self.processes.gather((total, count, meters.speed.rate))
+        totals = self.processes.gather((*meters.loss.total(), meters.speed.rate, meters.aux.mean))
         values = {
-            "train_loss": sum(t for t, _, _ in totals) / max(sum(n for _, n, _ in totals), 1),
+            "train_loss": sum(t for t, *_ in totals) / max(sum(n for _, n, *_ in totals), 1),
             **self.learner.rates(),
             "train_seconds": meters.speed.seconds,
-            "patches_per_s": sum(rate for _, _, rate in totals),
+            "patches_per_s": sum(rate for _, _, rate, _ in totals),
             "data_wait": meters.speed.data_share,
             "speed": speed(meters.speed),
         }
         values |= meters.speed.counts()
         if self.learner.ema is not None:
             values["mm"] = self.train_options.mm
-        means = {"grad_norm": meters.norm.mean, "aux_loss": meters.aux.mean}
+        auxiliary = [aux for *_, aux in totals if aux is not None]
+        means = {"grad_norm": meters.norm.mean, "aux_loss": statistics.fmean(auxiliary) if auxiliary else None}
         return values | {name: mean for name, mean in means.items() if mean is not None}
 
     def _synchronise(self) -> None:
@@ -295,8 +298,7 @@ class FoldRun:
         for name in self.names:
             suffix = "" if name == "main" else f"_{name}"
             predictions = seen[name, "val"]
-            metrics = self.task.statistics(predictions.logits, predictions.target).point()
-            loss = float(self.task.loss(predictions.logits, predictions.target))
+            metrics, loss = self._agreed(predictions)
             values |= {f"val_{k}{suffix}": v for k, v in metrics.values.items()} | {f"val_loss{suffix}": loss}
             chosen = metrics.values[self.task.selection]
             self.progress.best[name].update(chosen, loss, epoch)
@@ -309,6 +311,13 @@ class FoldRun:
                 point = self.task.statistics(tested.logits, tested.target).point()
                 values |= {f"te_{k}{suffix}": v for k, v in point.values.items()}
         return values
+
+    def _agreed(self, predictions: Predictions) -> tuple[Metrics, float]:
+        """Metrics and loss as rank 0 computes them: unlike machines may differ in a last digit, and so in a choice."""
+        metrics = self.task.statistics(predictions.logits, predictions.target).point()
+        loss = float(self.task.loss(predictions.logits, predictions.target))
+        agreed: tuple[Metrics, float] = self.processes.gather((metrics, loss))[0]
+        return agreed
 
     def _report(self, epoch: int, values: dict[str, Any], remaining: float) -> None:
         name = self.task.selection

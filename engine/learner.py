@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class Learner:
     Attributes:
         favoured: patches per bag that the attention of the EMA model chooses for a step; 0: all that the bag holds.
         grad_norm: norm of the last update's gradient before clipping; None without clipping.
-        aux_loss: the head's own loss of the last step, unweighted; None for a head without one.
+        aux_loss: the head's own loss of the last step, unweighted; None for a head without one. As of the loss, the
+            mean over the processes is that of all bags.
     """
 
     def __init__(
@@ -57,10 +58,10 @@ class Learner:
         cuda = processes.device.type == "cuda"
         if renderer is not None and cuda and self.precision.dtype is not None:
             self.renderer = dataclasses.replace(renderer, dtype=self.precision.dtype)
-        if options.sync_bn and processes.world > 1 and cuda:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        if options.sync_bn and processes.world > 1:
+            model.synchronise(cuda)
         elif options.sync_bn:
-            log.info("sync_bn has no effect here: it needs several processes, each with its GPU.")
+            log.info("sync_bn has no effect here: there is one process.")
         self.model: SlideModel = model
         self.ema = ModelEmaV3(model, decay=options.mm) if with_ema else None
         self.optimizer = build_optimizer(model, options, fused=cuda)
@@ -82,16 +83,18 @@ class Learner:
         groups = {str(group["name"]): float(group["lr"]) for group in self.optimizer.param_groups}
         return {"lr" if name == "head" else f"lr_{name}": rate for name, rate in groups.items()}
 
-    def step(self, bags: Bags, divide_by: int, update: bool) -> Tensor:
+    def step(self, bags: Bags, divide_by: int, update: bool, counts: Sequence[int] | None = None) -> Tensor:
         """Forward and backward of one batch, and the update of the weights at the end of a group of batches.
 
         Args:
             bags: one batch, in host memory.
             divide_by: batches in the group, which share one update.
             update: whether this batch ends its group.
+            counts: bags of every process in this step; a process with none holds one that does not count, as it
+                must take part in what processes do together. None: as many as here.
 
         Returns:
-            The batch's loss, a detached scalar on the device.
+            The batch's loss, a detached scalar on the device. The mean over the processes is the loss of all bags.
         """
         bags = bags.to(self.processes.device)
         if self.favoured and self.ema is not None:
@@ -101,22 +104,28 @@ class Learner:
         if not update and isinstance(self.wrapped, DistributedDataParallel):
             hold = self.wrapped.no_sync()
         with hold:
-            loss = self._loss(bags)
+            loss = self._loss(bags, counts or [len(bags.sizes)] * self.processes.world)
             self.scaler.scale(loss / divide_by).backward()
         if update:
             self._update()
         return loss.detach()
 
-    def _loss(self, bags: Bags) -> Tensor:
+    def _loss(self, bags: Bags, counts: Sequence[int]) -> Tensor:
+        rank, real = self.processes.rank, counts[self.processes.rank]
+
+        def criterion(logits: Tensor, labels: Tensor) -> Tensor:
+            return self.task.criterion(logits[:real], labels[:real])
+
         inputs = bags.instances if self.renderer is None else self.renderer(bags.instances, bags.draws)
-        criterion: Callable[[Tensor, Tensor], Tensor] = self.task.criterion
         with self.precision.autocast():
             labels = self.task.labels(bags.target)
             logits, aux = self.wrapped(inputs, bags.sizes, bags.keep, labels, criterion, bags.pos)
         main_weight, aux_weight = self.loss_weights
-        loss = main_weight * self.task.loss(logits.float(), bags.target)
-        self.aux_loss = None if aux is None else aux.detach().float()
-        return loss if aux is None else loss + aux_weight * aux.float()
+        target = {name: values[:real] for name, values in bags.target.items()}
+        share = self.task.share(target, counts, rank) if len(counts) > 1 else 1.0
+        loss = main_weight * self.task.loss(logits[:real].float(), target) * share
+        self.aux_loss = None if aux is None else aux.detach().float() * share
+        return loss if aux is None else loss + aux_weight * aux.float() * share
 
     def _update(self) -> None:
         if self.options.clip_grad is not None:

@@ -39,7 +39,12 @@ def cross_entropy(logits: Tensor, label: Tensor, class_weights: Tensor | None = 
         per_bag = F.cross_entropy(logits, label.long(), reduction="none")
         if class_weights is not None:
             per_bag = per_bag * class_weights.to(logits)[label.long()]
-        return per_bag.mean()
+        return _mean(per_bag)
+
+
+def _mean(per_bag: Tensor) -> Tensor:
+    """Mean over bags; zero, with zero gradient, for none."""
+    return per_bag.mean() if len(per_bag) else per_bag.sum()
 
 
 def _log_survival(logits: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def survival_nll(logits: Tensor, label: Tensor, event: Tensor) -> Tensor:
         log_hazard, log_survival = log_hazard.clamp(min=LOG_FLOOR), log_survival.clamp(min=LOG_FLOOR)
         died = log_survival.gather(1, bin_index) + log_hazard.gather(1, bin_index)
         censored = log_survival.gather(1, bin_index + 1)
-        return -torch.where(event.bool().unsqueeze(1), died, censored).mean()
+        return -_mean(torch.where(event.bool().unsqueeze(1), died, censored))
 
 
 def survival_risk(logits: Tensor) -> Tensor:
@@ -109,11 +114,11 @@ def cox_loss_of_all(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
 
     The risks of the other processes are constants here, and this process's share of the gradient is multiplied by
     the number of processes: their mean, which distributed training takes, is then the gradient of one process that
-    holds all bags. Every process must call it with the same number of bags.
+    holds all bags. Every process must call it equally often; the numbers of bags may differ and may be 0.
 
     Args:
         risk: (B,) of this process, as in ``cox_loss``; so are the others.
-        time: (B,).
+        time: (B,), finite.
         event: (B,).
 
     Returns:
@@ -121,22 +126,27 @@ def cox_loss_of_all(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
     """
     if not (risk.requires_grad and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return cox_loss(risk, time, event)
-    own = torch.stack([risk.detach().double(), time.double(), event.double()])
+    most = torch.tensor(len(risk), device=risk.device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    # Bags that fill up a share left before any other, so they are in no risk set, and without an event.
+    fill = risk.new_tensor([0.0, -math.inf, 0.0]).double().unsqueeze(1).expand(-1, int(most) - len(risk))
+    own = torch.cat([torch.stack([risk.detach().double(), time.double(), event.double()]), fill], 1)
     shares = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(shares, own)
     risks = [share[0].to(_full(risk)) for share in shares]
-    risks[dist.get_rank()] = _full(risk)
+    risks[dist.get_rank()] = torch.cat([_full(risk), fill[0].to(_full(risk))])
     times, events = torch.cat([share[1] for share in shares]), torch.cat([share[2] for share in shares])
     loss = cox_loss(torch.cat(risks), times, events)
     return loss + (len(shares) - 1) * (loss - loss.detach())
 
 
-def binary_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
-    """Mean over bags and known labels of -[y log p + (1 - y) log(1 - p)], p = sigmoid(logit).
+def binary_cross_entropy(logits: Tensor, label: Tensor, positive_weights: Tensor | None = None) -> Tensor:
+    """Mean over bags and known labels of -[w y log p + (1 - y) log(1 - p)], p = sigmoid(logit).
 
     Args:
         logits: (B, K), one per label; labels do not exclude each other.
         label: (B, K) 1 or 0; anything below 0 is unknown and does not count.
+        positive_weights: (K,) factors w of the positives; None for 1.
 
     Returns:
         A scalar; zero, with zero gradient, where no label is known.
@@ -144,7 +154,10 @@ def binary_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         logits = _full(logits)
         known = label >= 0
-        per_label = F.binary_cross_entropy_with_logits(logits, label.clamp(min=0).to(logits), reduction="none")
+        weights = None if positive_weights is None else positive_weights.to(logits)
+        per_label = F.binary_cross_entropy_with_logits(
+            logits, label.clamp(min=0).to(logits), reduction="none", pos_weight=weights
+        )
         return (per_label * known).sum() / known.sum().clamp(min=1)
 
 
@@ -162,4 +175,4 @@ def squared_error(logits: Tensor, value: Tensor, mean: float = 0.0, sd: float = 
     """
     with torch.autocast(logits.device.type, enabled=False):
         logits = _full(logits)
-        return ((logits[:, 0] - ((value - mean) / sd).to(logits)) ** 2).mean()
+        return _mean((logits[:, 0] - ((value - mean) / sd).to(logits)) ** 2)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -33,10 +34,12 @@ class MultilabelTask(FoldFree):
     Attributes:
         label_names: names in the order of the outputs; also the keys of a target.
         selection: metric that chooses the epoch.
+        positive_weights: factor of the loss of each label's positives; None for 1.
     """
 
     label_names: tuple[str, ...]
     selection: str = "auc"
+    positive_weights: tuple[float, ...] | None = None
     name: str = "multilabel"
 
     @property
@@ -55,7 +58,15 @@ class MultilabelTask(FoldFree):
         return torch.stack([target[name].long() for name in self.label_names], 1)
 
     def criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return binary_cross_entropy(logits, labels)
+        weights = None if self.positive_weights is None else torch.tensor(self.positive_weights)
+        return binary_cross_entropy(logits, labels, weights)
+
+    def share(self, target: Target, counts: Sequence[int], rank: int) -> Tensor:
+        """By known labels, of which the loss is the mean; every process must call it."""
+        known = (self.labels(target) >= 0).sum().float()
+        total = known.clone()
+        dist.all_reduce(total)
+        return known * len(counts) / total.clamp(min=1)
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
@@ -64,7 +75,8 @@ class MultilabelTask(FoldFree):
         return MultilabelStatistics(logits.numpy(), self.labels(target).numpy(), self.label_names)
 
     def facts(self) -> dict[str, Any]:
-        return {"loss": "bce"}
+        weights = None if self.positive_weights is None else list(self.positive_weights)
+        return {"loss": "bce", "class_weights": weights}
 
     def pooled(self) -> Task:
         return self

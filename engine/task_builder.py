@@ -73,13 +73,19 @@ def check_task_options(config: Config, cohort: Cohort, mil: str) -> None:
 
 
 def _check_balance(config: Config, cohort: Cohort, faults: Faults) -> None:
-    if cohort.task != "classification":
-        for name in ("class_weights", "balanced_sampling"):
-            if getattr(config.train, name) not in (None, False):
-                faults.add(f"{name} needs classes, and the task is {cohort.task}. Remove --{name}.")
-    elif config.train.class_weights not in (None, "balanced"):
+    weights = config.train.class_weights
+    if config.train.balanced_sampling and cohort.task == "multilabel":
+        faults.add(
+            "balanced_sampling draws every class equally often, and the bags of a multilabel task have several labels. "
+            "Remove --balanced_sampling; --class_weights=balanced weighs the positives of each label instead."
+        )
+    elif config.train.balanced_sampling and cohort.task != "classification":
+        faults.add(f"balanced_sampling needs classes, and the task is {cohort.task}. Remove --balanced_sampling.")
+    if weights is not None and cohort.task not in ("classification", "multilabel"):
+        faults.add(f"class_weights needs classes, and the task is {cohort.task}. Remove --class_weights.")
+    elif weights not in (None, "balanced"):
         try:
-            _listed_weights(config.train.class_weights, cohort)
+            _listed_weights(weights, cohort)
         except UserError as error:
             faults.add(str(error))
 
@@ -92,7 +98,8 @@ def build(config: Config, cohort: Cohort, fold: Fold, processes: int) -> Task:
     """
     options = config.eval
     if cohort.task == "multilabel":
-        return MultilabelTask(cohort.class_names, _selection(options, MULTILABEL_SELECTION))
+        weights = positive_weights(config, cohort, fold.train)
+        return MultilabelTask(cohort.class_names, _selection(options, MULTILABEL_SELECTION), weights)
     if cohort.task == "regression":
         values = [float(s.target["value"]) for s in fold.train]
         mean, sd = statistics.fmean(values), statistics.pstdev(values)
@@ -151,9 +158,32 @@ def class_weights(config: Config, cohort: Cohort, train: Sequence[Sample]) -> tu
         return _listed_weights(text, cohort)
     counts = Counter(int(s.target["label"]) for s in train)
     weights = tuple(len(train) / (len(counts) * counts[k]) if counts[k] else 1.0 for k in range(cohort.n_classes))
-    shown = ", ".join(f"{name} {weight:.3f}" for name, weight in zip(cohort.class_names, weights, strict=True))
-    log.info("class weights of the loss: %s", shown)
+    log.info("class weights of the loss: %s", _shown(weights, cohort))
     return weights
+
+
+def positive_weights(config: Config, cohort: Cohort, train: Sequence[Sample]) -> tuple[float, ...] | None:
+    """Factors of the losses of each label's positives, or None.
+
+    "balanced" gives a label with n known training bags, p of them positive, the weight (n - p) / p: positives and
+    negatives then have the same share in its loss. A label with one value only has weight 1.
+
+    Raises:
+        UserError: a list of another length, or with something else than positive numbers.
+    """
+    text = config.train.class_weights
+    if text is None:
+        return None
+    if text != "balanced":
+        return _listed_weights(text, cohort)
+    counts = [Counter(int(s.target[name]) for s in train) for name in cohort.class_names]
+    weights = tuple(c[0] / c[1] if c[0] and c[1] else 1.0 for c in counts)
+    log.info("weights of the positives in the loss: %s", _shown(weights, cohort))
+    return weights
+
+
+def _shown(weights: Sequence[float], cohort: Cohort) -> str:
+    return ", ".join(f"{name} {weight:.3f}" for name, weight in zip(cohort.class_names, weights, strict=True))
 
 
 def _listed_weights(text: str, cohort: Cohort) -> tuple[float, ...]:

@@ -5,7 +5,7 @@ Classification and survival are here; several labels per bag are in ``multilabel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -60,6 +60,16 @@ class Task(Protocol):
         """The loss in terms of ``labels``."""
         ...
 
+    def share(self, target: Target, counts: Sequence[int], rank: int) -> Tensor | float:
+        """What the loss of process ``rank`` is multiplied by, so that the mean over processes is that of all bags.
+
+        Args:
+            target: of this process's bags.
+            counts: bags of every process in this step.
+            rank: this process.
+        """
+        ...
+
     def scores(self, logits: Tensor) -> Tensor:
         """What is written for people: (N, K) probabilities, or (N,) risks or values."""
         ...
@@ -86,7 +96,13 @@ class Task(Protocol):
 
 
 class FoldFree:
-    """What most tasks have in common: logits mean the same in every fold, and there is nothing more to report."""
+    """What most tasks have in common.
+
+    The loss is a mean over bags, logits mean the same in every fold, and there is nothing more to report.
+    """
+
+    def share(self, target: Target, counts: Sequence[int], rank: int) -> Tensor | float:
+        return counts[rank] * len(counts) / sum(counts)
 
     def report(self, logits: Tensor, target: Target) -> dict[str, Any]:
         return {}
@@ -206,6 +222,9 @@ class CoxTask(SurvivalTask):
 
     def criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
         return cox_loss_of_all(logits[:, 0], labels[:, 0], labels[:, 1])
+
+    def share(self, target: Target, counts: Sequence[int], rank: int) -> float:
+        return 1.0  # the loss of every process is that of all bags already
 
     def scores(self, logits: Tensor) -> Tensor:
         return logits[:, 0]

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modules.sync_batchnorm import JoinedBatchNorm
 from utils.errors import UserError
 
 BLOCK_PATCHES = 2**16
@@ -117,7 +118,7 @@ class PatchBatchNorm(nn.Module):
 
     def _normalise(self, rows: Tensor) -> Tensor:
         # A synchronised norm must be entered by every process, or the others wait for it.
-        if len(rows) > 1 or isinstance(self.norm, nn.SyncBatchNorm):
+        if len(rows) > 1 or isinstance(self.norm, (nn.SyncBatchNorm, JoinedBatchNorm)):
             return self.norm(rows)
         norm = self.norm
         return F.batch_norm(

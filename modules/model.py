@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from modules.sync_batchnorm import largest_of_all, synchronised
+
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -41,9 +43,17 @@ class SlideModel(nn.Module):
         self.mil = mil
         self.chunk = chunk
         self.recompute = recompute
+        self.joined = False
         self.freeze_encoder = freeze_encoder and encoder is not None
         if self.freeze_encoder and encoder is not None:
             encoder.requires_grad_(False)
+
+    def synchronise(self, cuda: bool) -> None:
+        """From now on BatchNorm statistics in training are those of all processes (``modules.sync_batchnorm``)."""
+        self.joined = True
+        self.mil = synchronised(self.mil, cuda)
+        if self.encoder is not None:
+            self.encoder = synchronised(self.encoder, cuda)
 
     def train(self, mode: bool = True) -> SlideModel:
         super().train(mode)
@@ -83,14 +93,18 @@ class SlideModel(nn.Module):
     def encode(self, instances: Tensor) -> Tensor:
         """Features (P, D) of the instances, at most ``chunk`` patches per encoder call; features become float32.
 
-        The calls are of equal size but for one patch, so that none has BatchNorm statistics of a small rest.
+        The calls are of equal size but for one patch, so that none has BatchNorm statistics of a small rest. Where
+        processes join their statistics all make as many calls as the one with most patches.
         """
         if self.encoder is None:
             return instances.float()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            if len(instances) <= self.chunk:
+            calls = max(-(-len(instances) // self.chunk), 1)
+            if self.joined and self.encoder.training:
+                calls = largest_of_all(calls, instances.device)
+            if calls == 1:
                 return self.encoder(instances)
-            parts = instances.tensor_split(-(-len(instances) // self.chunk))
+            parts = instances.tensor_split(calls)
             if not (self.recompute and self.training and torch.is_grad_enabled()):
                 return torch.cat([self.encoder(part) for part in parts])
             again = [self._recomputed(part) for part in parts[:-1]]  # the last one's backward pass comes first anyway

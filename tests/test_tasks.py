@@ -126,6 +126,7 @@ def test_cox_loss_over_processes_has_value_and_mean_gradient_of_one_process(monk
         fake = SimpleNamespace(
             is_available=lambda: True, is_initialized=lambda: True, all_gather=all_gather,
             get_world_size=lambda: 3, get_rank=lambda: rank,
+            all_reduce=lambda *_: None, ReduceOp=torch.distributed.ReduceOp,
         )  # fmt: skip
         monkeypatch.setattr(losses, "dist", fake)
         loss = losses.cox_loss_of_all(x[shares[rank]] @ weight, time[shares[rank]], event[shares[rank]])

@@ -179,7 +179,9 @@ class TrainConfig:
         ("ce", "nll_surv", "cox", "bce", "mse"),
     )
     class_weights: str | None = option(
-        None, "factor of each class in the loss: none, balanced (training counts), or numbers, comma separated"
+        None,
+        "factor of each class in the loss: none, balanced (training counts), or numbers, comma separated; multilabel: "
+        "of the positives of each label",
     )
     balanced_sampling: bool = option(
         False, "draw the training bags of an epoch with replacement, every class equally often"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -100,6 +101,24 @@ def processes(device: str = "auto", timeout_minutes: int = 30) -> Iterator[Proce
         yield own
     if world > 1:  # not behind an exception: the peers would be waited for, and torchrun is about to end them
         dist.destroy_process_group()
+
+
+def planned_processes(argv: Sequence[str]) -> tuple[int, list[str]]:
+    """How many processes a run will have, and the other words of the command line.
+
+    Args:
+        argv: a command line, perhaps with ``--processes=N``; default: what torchrun says in the environment, else 1.
+
+    Raises:
+        UserError: for something else than a number of 1 or more.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--processes", nargs="?", default=os.environ.get("WORLD_SIZE", "1"))
+    own, rest = parser.parse_known_args(list(argv))
+    text = str(own.processes)
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"processes is {text!r}, but must be a number of 1 or more. Give --processes=4, for example.")
+    return int(text), rest
 
 
 def _place(device: str, local_rank: int) -> torch.device:
