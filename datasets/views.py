@@ -1,10 +1,10 @@
-"""From stored patches to what the encoder sees: crop, shift, flip, resize and normalise in two matrix products.
+"""From stored patches to what the encoder sees: crop, shift, flip, resize and normalise, for all patches at once.
 
 Antialiased bilinear resizing is linear and separable, and so are cropping, flipping and shifting. One patch is
 therefore rendered as ``R @ X @ C^T`` with a row matrix R (out, in) and a column matrix C (out, in) that hold the
-filter weights of its own crop. The matrices of all patches are built together on the device from eight numbers a
-patch; the products run on the matrix units. The result equals torchvision's per-image transforms (float input,
-antialias) with the same parameters.
+filter weights of its own crop, built on the device from eight numbers a patch. On a GPU with Triton one kernel
+(``datasets.views_triton``) computes the same without the matrices. The result equals torchvision's per-image transforms
+(float input, antialias) with the same parameters.
 
 Shapes: P patches, S stored size in px, C output size in px.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,6 +178,23 @@ class Renderer:
         Returns:
             (P, 3, C, C) normalised.
         """
+        kernel = _fused_kernel() if patches.is_cuda else None
+        if kernel is None:
+            return self._products(patches, draws)
+        host = whole_patch(patches.shape[1]) if draws is None else draws
+        result = self._empty(patches)
+        return kernel(patches, host.to(patches.device, non_blocking=True), result, self.mean, self.std)
+
+    def _empty(self, patches: Tensor) -> Tensor:
+        shape = (len(patches), 3, self.crop_px, self.crop_px)
+        return torch.empty(shape, dtype=self.dtype, device=patches.device, memory_format=self._layout)
+
+    @property
+    def _layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def _products(self, patches: Tensor, draws: Tensor | None) -> Tensor:
+        """The views by matrix products, on any device."""
         device, stored = patches.device, patches.shape[1]
         x = patches.permute(0, 3, 1, 2)  # (P, 3, S, S)
         if draws is not None or stored != self.crop_px:
@@ -188,8 +206,17 @@ class Renderer:
             rows, columns = rows.to(self.dtype).unsqueeze(1), columns.to(self.dtype).unsqueeze(1)
             x = rows @ x.to(self.dtype) @ columns.transpose(-1, -2)  # (P, 3, C, C)
         mean, std = _grey_levels(self.mean, device), _grey_levels(self.std, device)
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return ((x - mean) / std).to(self.dtype, memory_format=layout)
+        return ((x - mean) / std).to(self.dtype, memory_format=self._layout)
+
+
+@functools.lru_cache(maxsize=1)
+def _fused_kernel() -> Callable[..., Tensor] | None:
+    """The views as one kernel; None where Triton is not installed."""
+    try:
+        from datasets.views_triton import render
+    except ImportError:
+        return None
+    return render
 
 
 @functools.lru_cache(maxsize=16)
