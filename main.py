@@ -1,7 +1,8 @@
 """Trains and tests slide-level models: ``python main.py -c config.yaml --option=value ...``.
 
-Without a subcommand it trains. ``main.py check ...`` reads and checks everything that the same run would read.
-``main.py --list`` prints the encoders and MIL heads, ``main.py --help`` the options.
+Without a subcommand it trains. ``main.py check ...`` reads and checks everything that the same run would read,
+``main.py bench ...`` measures what limits it. ``main.py --list`` prints the encoders and MIL heads, ``main.py --help``
+the options.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from utils.dist import planned_processes, processes
 from utils.errors import UserError
 from utils.log import set_up_logging
 from utils.options import parse
-from utils.stop import STATUS, Stopped, leave_mark
+from utils.stop import FAULT, STATUS, Stopped, leave_mark
 
 log = logging.getLogger("main")
 
@@ -38,6 +39,18 @@ def check(argv: Sequence[str]) -> None:
     experiment.check(config, world)
 
 
+def bench(argv: Sequence[str]) -> None:
+    """Measures what limits the same run, disk, decoding or the device, and says what to change."""
+    from engine.bench import bench as measure
+    from engine.bench import split_arguments
+
+    seconds, options = split_arguments(argv)
+    config, _ = parse(options)
+    with processes(config.run.device) as own:
+        set_up_logging(own.rank)
+        measure(config, own, seconds)
+
+
 def list_models(argv: Sequence[str]) -> None:
     """Prints the encoders and MIL heads."""
     from modules.listing import listing
@@ -45,7 +58,12 @@ def list_models(argv: Sequence[str]) -> None:
     sys.stdout.write(listing() + "\n")
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "check": check, "--list": list_models}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "check": check,
+    "bench": bench,
+    "--list": list_models,
+}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,7 +84,8 @@ def main(argv: Sequence[str]) -> int:
         command(rest)
     except UserError as error:
         log.error("error: %s", error)
-        return 2
+        leave_mark(FAULT)
+        return FAULT
     except Stopped:
         log.info("stopped as asked; the same command goes on")
         leave_mark()

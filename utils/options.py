@@ -117,7 +117,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="main.py",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Train and test a slide-level model. Subcommands: check. See also --list.",
+        description="Train and test a slide-level model. Subcommands: check, bench. See also --list.",
     )
     parser.add_argument("-c", "--config", default=None, help="YAML files, comma separated; later ones override")
     for group, cls in GROUPS.items():

@@ -1,0 +1,215 @@
+"""The stages of ``main.py bench`` that train: step, batches, loop; and evaluation. What is learned is not kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from datasets.bags import Bags, EvalParts
+from datasets.label_types import Fold
+from datasets.loaders import eval_loader, shard
+from engine import memory
+from engine.bench_supply import Amount, flow
+from engine.evaluate import predict
+from engine.learner import Learner
+from engine.progress import Meter
+from engine.setup import Setup
+from engine.timing import seconds_per_call, wait_for
+from engine.validation import loader_options
+from utils.dist import Processes
+from utils.seed import seed_all, step_seed
+
+log = logging.getLogger(__name__)
+
+HELD = 2
+"""Batches kept on the device for the bare step: two, as bags may differ in size; more would take the model's room."""
+
+BAGS = 1000
+"""Bags of the evaluation, some of them again where there are fewer, so that its time is never too short."""
+
+LEAST_PART = 16
+"""Patches that evaluation takes at a time, at least, on a device that does fewer in a second."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The device's part, instances per second of this process.
+
+    Attributes:
+        rate: the bare step.
+        copy: host memory to GPU; None on a CPU.
+        render_share, ema_share: shares of the step.
+    """
+
+    rate: float
+    copy: float | None
+    render_share: float
+    ema_share: float
+
+
+def begin_stage(processes: Processes, what: str) -> None:
+    """Says what comes next, once every process is there; a wish to stop ends the program here."""
+    if any(processes.gather(processes.stop.by)):
+        raise KeyboardInterrupt
+    log.info("bench: %s", what)
+
+
+class TrainingStages:
+    """The stages that use training's own batches and step.
+
+    Args:
+        setup, fold: what is trained on.
+        learner: model and step.
+        batches: the training stream, which does not end.
+    """
+
+    def __init__(self, setup: Setup, fold: Fold, learner: Learner, batches: Iterator[Bags]) -> None:
+        self.setup, self.fold, self.learner, self.batches = setup, fold, learner, batches
+        self.processes, self.device = learner.processes, learner.processes.device
+        self.workers = loader_options(setup, self.processes, setup.config.data.num_workers).workers
+        self._load, self._size = memory.Load(), 1
+
+    def step(self, first: Bags, seconds: float) -> Step:
+        """The training step on batches that are on the device already, its parts, and the copy of a batch."""
+        begin_stage(self.processes, "training step, batches on the device (compiling and choosing kernels first)")
+        copy = None
+        if self.device.type == "cuda":
+            copy = sum(first.sizes) / seconds_per_call(lambda: first.to(self.device), self.device, 5)
+        held = [self._held(first), *(self._held(next(self.batches)) for _ in range(HELD - 1))]
+        steps = itertools.cycle(held)
+        for _ in held:
+            self._train(next(steps))
+        count = self._agreed(seconds / self._timed(steps, 1)[0])
+        took, done = self._timed(steps, count)
+        return Step(done / took, copy, *self._parts(held[0], took / done))
+
+    def _held(self, bags: Bags) -> Bags:
+        """``bags`` on the device, in memory of their own: that of a batch is filled again."""
+        instances = bags.instances.to(self.device, copy=True)
+        own = dataclasses.replace(bags.to(self.device), instances=instances)
+        wait_for(self.device)
+        return own
+
+    def _timed(self, batches: Iterator[Bags], count: int) -> tuple[float, int]:
+        """Seconds and instances of ``count`` steps."""
+        wait_for(self.device)
+        begin, done = time.perf_counter(), 0
+        for k in range(count):
+            bags = next(batches)
+            self._train(bags, k, last=k + 1 == count)
+            done += sum(bags.sizes)
+        wait_for(self.device)
+        self._size = max(done // count, 1)
+        return time.perf_counter() - begin, done
+
+    def _train(self, bags: Bags, number: int = 0, last: bool = True) -> torch.Tensor:
+        """Step ``number``; the weights are updated as often as in training. Returns the loss, on the device."""
+        group = self.setup.config.train.accumulation_steps
+        self._load.now([self.fold.train[i].id for i in bags.index], sum(bags.sizes))
+        with memory.explained(self._load, self.setup.config, training=True):
+            return self.learner.step(bags, divide_by=group, update=last or (number + 1) % group == 0)
+
+    def _agreed(self, count: float) -> int:
+        """Steps that every process does: they wait for each other in each one."""
+        return max(int(self.processes.gather(count)[0]), 1)
+
+    def _parts(self, bags: Bags, seconds_each: float) -> tuple[float, float]:
+        """Shares of the step that rendering and the moving average of the weights take."""
+        whole, group = sum(bags.sizes) * seconds_each, self.setup.config.train.accumulation_steps
+        renderer, ema = self.learner.renderer, self.learner.ema
+        rendering = averaging = 0.0
+        if renderer is not None:
+            rendering = seconds_per_call(lambda: renderer(bags.instances, bags.draws), self.device, 3)
+        if ema is not None:
+            averaging = seconds_per_call(lambda: ema.update(self.learner.model), self.device, 3) / group
+        return rendering / whole, averaging / whole
+
+    def loader(self, seconds: float) -> float:
+        """Batches as training makes them, which nobody uses: instances per second. None is left ready behind it."""
+        begin_stage(self.processes, "batches, nobody using them")
+        ready = self.workers * self.setup.config.data.prefetch_factor
+        pieces = (Amount(sum(bags.sizes), 0) for bags in self.batches)
+        return flow(pieces, ready, max(self.workers, 1), seconds).per_s
+
+    def loop(self, seconds: float, expected: float) -> tuple[float, float]:
+        """Everything together.
+
+        Args:
+            seconds: about how long.
+            expected: instances per second; more or less changes how long it takes, not what is measured.
+
+        Returns:
+            Instances per second, and the share of the time spent waiting for data.
+        """
+        begin_stage(self.processes, "everything together")
+        for _ in range(2):
+            self._train(next(self.batches))
+        wait_for(self.device)
+        count = self._agreed(seconds * expected / self._size)
+        meter, before = Meter(), None
+        for k in range(count):
+            bags = meter.wait(self.batches)
+            seed_all(step_seed(self.fold.seed, 0, k, self.processes.rank))
+            loss = self._train(bags, k, last=k + 1 == count)
+            if before is not None:
+                float(before)  # training, too, looks at each loss one step later
+            before = loss
+        wait_for(self.device)
+        return meter.rate, meter.data_share
+
+
+def evaluation_rate(setup: Setup, fold: Fold, learner: Learner, seconds: float, trained: float) -> float | None:
+    """Instances per second of this process in evaluation, reading included; None where there is nothing to evaluate.
+
+    Args:
+        setup: options and sources.
+        fold: validation and test bags, one behind another.
+        learner: the model.
+        seconds: about how long; the bag under way is cut off.
+        trained: instances per second of training, by which slow devices get smaller parts.
+    """
+    samples, processes = (*fold.val, *fold.test), learner.processes
+    if not samples:
+        return None
+    begin_stage(processes, "evaluation")
+    mine = list(shard(len(samples), processes.rank, processes.world))
+    if not mine:
+        return 0.0
+    data, part = setup.config.data, 1 << 40
+    if setup.encoder is not None:
+        part = min(setup.config.eval.p_batch_size_v, max(int(trained), LEAST_PART))
+    parts = EvalParts(samples, setup.sources.test, part, mine * max(BAGS // len(mine), 1))
+    workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
+    timed = _Timed(eval_loader(parts, loader_options(setup, processes, workers)), seconds, processes.device)
+    alone = Processes(0, 1, processes.device)
+    with memory.explained(memory.Load(), setup.config, training=False):
+        predict(learner.model, timed, learner.renderer, learner.precision, alone)
+    return timed.rate
+
+
+class _Timed:
+    """Parts of an evaluation until the time is up; the first one does not count, as kernels are chosen in it."""
+
+    def __init__(self, parts: Iterable[Bags], seconds: float, device: torch.device) -> None:
+        self.parts, self.seconds, self.device = parts, seconds, device
+        self.rate = 0.0
+
+    def __iter__(self) -> Iterator[Bags]:
+        parts, count = iter(self.parts), 0
+        yield dataclasses.replace(next(parts), last=True)
+        wait_for(self.device)
+        begin = time.perf_counter()
+        for bags in parts:
+            over = time.perf_counter() - begin > self.seconds
+            count += sum(bags.sizes)
+            yield dataclasses.replace(bags, last=bags.last or over)
+            if over:
+                break
+        wait_for(self.device)
+        self.rate = count / (time.perf_counter() - begin)

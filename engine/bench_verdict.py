@@ -1,0 +1,278 @@
+"""From the figures of ``main.py bench`` to sentences: what limits training, by how much, and what to change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from engine.bench_figures import Figures, Setting, number
+
+WAIT = 0.05
+"""A device that waits less than this share of the time for data would gain less than this by faster data."""
+
+NEAR = 0.9
+"""Rates of a few seconds on a shared machine scatter by some per cent: a loop at 0.9 of the bare step is as fast."""
+
+FROM_DISK = 0.05
+"""Below this share of patches fetched from the disk a rate tells how fast memory is, not the disk."""
+
+HALF = 0.5
+"""What takes more than half of the time that a batch needs on its way is what limits the way."""
+
+SPARE = 1.1
+"""Data that come 10 % faster than they are used keep the queue filled in spite of bags of unequal size."""
+
+WORTH_SAYING = 0.1
+"""Shares of a step from which on they are worth a sentence."""
+
+SCALES = 1.5
+"""Several processes that read this much faster than one would gain by still more of them: a disk that answers late."""
+
+DEVICE, DISK, DECODING, READING, PASSING_ON, COPYING, CORES = (
+    "device",
+    "disk",
+    "decoding",
+    "reading",
+    "passing on",
+    "copying",
+    "cores",
+)
+"""What may limit training."""
+
+
+def limit_of(f: Figures) -> str:
+    """What limits training in the long run: one of the names above."""
+    if disk_is_slow(f) and f.setting.fits is False:
+        return DISK
+    if f.loop >= NEAR * f.step:
+        return DEVICE
+    if f.data_wait <= WAIT:
+        return COPYING if f.loop >= NEAR * _taking_turns(f) else CORES
+    if _fast_alone(f):
+        return CORES
+    if disk_is_slow(f) and f.loader >= NEAR * f.supply.read_all.per_s:
+        return DISK
+    if f.supply.decode_all is not None and f.loader >= HALF * f.supply.decode_all.per_s:
+        return DECODING
+    return READING if f.loader >= HALF * f.supply.read_all.per_s else PASSING_ON
+
+
+def disk_is_slow(f: Figures) -> bool:
+    """Whether what came from the disk came more slowly than the device takes it."""
+    return f.supply.read_all.from_disk >= FROM_DISK and f.supply.read_all.per_s < NEAR * f.step
+
+
+def _fast_alone(f: Figures) -> bool:
+    """Whether data come fast enough while the device rests, so that only sharing the cores can make them slow."""
+    if f.setting.workers > 0:
+        return f.loader * NEAR >= f.step
+    return f.loop < NEAR / (1 / f.step + 1 / f.loader)
+
+
+def _taking_turns(f: Figures) -> float:
+    """Instances per second where copying and computing take turns."""
+    return 1 / (1 / f.step + (1 / f.copy if f.copy else 0))
+
+
+def verdict(f: Figures) -> list[str]:
+    """Sentences: what limits training, by how much, what to change, and what the figures do not tell."""
+    limit = limit_of(f)
+    return [_headline(f, limit), *_advice(f, limit), *_about_the_disk(f, limit)]
+
+
+def _headline(f: Figures, limit: str) -> str:
+    s = f.setting
+    what = {
+        DEVICE: f"the {_place(s)}. Data come fast enough",
+        DISK: f"the disk, which gives {number(f.supply.read_all.per_s)} {s.unit}/s to {s.readers} reading process(es)",
+        DECODING: "decoding" + _rates_of_decoding(f),
+        READING: f"reading, {number(f.supply.read_all.per_s)} {s.unit}/s in {s.readers} process(es)",
+        PASSING_ON: f"putting batches together and passing them on, {number(f.loader)} {s.unit}/s",
+        COPYING: f"copying to the GPU, {number(f.copy or 0)} {s.unit}/s, during which it does not compute",
+        CORES: f"the {s.cores} CPU core(s), which {s.readers} reading and {s.processes} training process(es) share",
+    }[limit]
+    share = f.loop / f.step
+    return (
+        f"What limits training: {what}. The loop runs at {number(f.loop)} {s.unit}/s, {share:.2f} of the bare step's "
+        f"{number(f.step)}, and waits for data {f.data_wait:.0%} of the time."
+    )
+
+
+def _rates_of_decoding(f: Figures) -> str:
+    if f.supply.decode_one is None or f.supply.decode_all is None:
+        return ""
+    one, every = number(f.supply.decode_one.per_s), number(f.supply.decode_all.per_s)
+    return f", {one} patches/s a core and {every} in {f.setting.readers} process(es)"
+
+
+def _advice(f: Figures, limit: str) -> Iterator[str]:
+    if limit == DEVICE:
+        yield from _faster_device(f)
+    if limit in (DECODING, READING, PASSING_ON):
+        yield from _more_processes(f)
+    if limit in (DECODING, CORES):
+        yield from _less_decoding(f)
+    if limit == CORES:
+        yield from _fewer_processes(f)
+    if limit == COPYING:
+        yield from _faster_copies(f)
+    if limit == DISK or disk_is_slow(f):
+        yield from _faster_disk(f)
+    if f.setting.unit == "features" and limit in (DISK, READING, PASSING_ON):
+        yield from _features_in_memory(f)
+
+
+def _faster_device(f: Figures) -> Iterator[str]:
+    s = f.setting
+    if s.device == "cpu":
+        yield "It computes on a CPU: a GPU is what helps."
+        return
+    offers = [
+        "" if s.amp else "--amp (half precision)",
+        "" if s.channels_last or s.stored_px is None else "--channels_last",
+        "" if s.compiled or s.stored_px is None else "--torchcompile",
+        "" if not s.determ or s.stored_px is None else "--no_determ (cuDNN chooses the fastest kernels)",
+    ]
+    given = [offer for offer in offers if offer]
+    if given:
+        yield f"Not in use, and worth a second bench: {', '.join(given)}."
+    if f.render_share > WORTH_SAYING:
+        yield f"Rendering the random views takes {f.render_share:.0%} of the step."
+    if f.ema_share > WORTH_SAYING:
+        yield f"The moving average of the weights takes {f.ema_share:.0%} of the step; --test_type=main needs none."
+
+
+def _more_processes(f: Figures) -> Iterator[str]:
+    s = f.setting
+    if s.kept:
+        return
+    each = f.loader / s.readers
+    wanted = math.ceil(SPARE * f.step / each / s.processes) * s.processes
+    if s.workers == 0 and s.room < s.processes:
+        yield f"The training process reads, and there is no second core for a reading process ({s.cores} in all)."
+    elif wanted <= max(s.room, s.readers):
+        yield (
+            f"Give --num_workers={max(wanted // s.processes, 1)} (now {s.workers}): a process prepares "
+            f"{number(each)} {s.unit}/s, and {s.cores} core(s) may be used."
+        )
+    elif s.room // s.processes > s.workers:
+        most = s.room // s.processes
+        yield (
+            f"Give --num_workers={most} (now {s.workers}): with the {s.cores} core(s) that may be used, about "
+            f"{number(each * most * s.processes)} {s.unit}/s. It would take {wanted} of them to feed the device."
+        )
+    else:
+        yield (
+            f"More reading processes do not help: {s.readers} of them and {s.processes} training process(es) have "
+            f"{s.cores} core(s), and {wanted} would be needed."
+        )
+
+
+def _less_decoding(f: Figures) -> Iterator[str]:
+    s = f.setting
+    if s.stored_px is None or s.crop_px is None:
+        return
+    if not s.gpu_decoder and s.device == "cuda" and _more_is_needed(f):
+        yield "Let the GPU decode: --jpeg_decoder=gpu."
+    if s.stored_px > s.crop_px:
+        yield (
+            f"The store holds {s.stored_px} px and the encoder sees {s.crop_px} px: a training store of {s.crop_px} px "
+            f"(--img_size {s.crop_px} of CLAM/save_patches.py) has {(s.crop_px / s.stored_px) ** 2:.2f} of the pixels "
+            "to decode." + (" The random crop is then no longer taken." if s.random_crop else "")
+        )
+
+
+def _more_is_needed(f: Figures) -> bool:
+    """Whether the cores are too few to decode what the device takes."""
+    return f.loader / f.setting.readers * max(f.setting.room, f.setting.readers) < f.step
+
+
+def _fewer_processes(f: Figures) -> Iterator[str]:
+    s = f.setting
+    if s.device == "cpu":
+        yield "Computing on a CPU takes the same cores as decoding: a GPU is what helps."
+    elif s.readers > s.room:
+        fewer = max(s.room // s.processes, 1)
+        if fewer < s.workers:
+            yield f"There are more processes than cores: try --num_workers={fewer} (now {s.workers})."
+        else:
+            yield "More CPU cores are what helps."
+    else:
+        yield "Something else on this machine uses the cores, or its memory: look at the other programs."
+
+
+def _faster_copies(f: Figures) -> Iterator[str]:
+    if not f.setting.pinned:
+        yield "Give --pin_memory: from page-locked memory the GPU fetches a batch by itself, and faster."
+    else:
+        yield "The batches are page-locked already: what is left is the way between memory and GPU."
+
+
+def _faster_disk(f: Figures) -> Iterator[str]:
+    s = f.setting
+    if not s.staged:
+        yield "Copy the files to a disk of this machine, best an SSD: --stage_to=FOLDER does it before training."
+    if f.supply.read_all.per_s > SCALES * f.supply.read_first.per_s and s.room > s.readers and not s.kept:
+        yield (
+            f"The disk answers several processes at once ({number(f.supply.read_first.per_s)} {s.unit}/s for one, "
+            f"{number(f.supply.read_all.per_s)} for {s.readers}): more --num_workers ask it more at a time."
+        )
+    if s.stored_px is not None and s.crop_px is not None and s.stored_px > s.crop_px:
+        yield f"A training store of {s.crop_px} px rather than {s.stored_px} px is smaller, too."
+
+
+def _features_in_memory(f: Figures) -> Iterator[str]:
+    s = f.setting
+    each = s.data_bytes * s.processes / max(s.nodes, 1)
+    if not s.kept and s.free_bytes is not None and each < s.free_bytes:
+        pinned = " --pin_memory" if s.device == "cuda" and not s.pinned else ""
+        yield (
+            f"Give --persistence{pinned}: the features ({_gib(each)} for all processes of a machine) fit into "
+            f"the {_gib(s.free_bytes)} of free memory."
+        )
+    elif not s.kept:
+        yield "Features in half precision take half the bytes and stay half precision until they reach the device."
+
+
+def _about_the_disk(f: Figures, limit: str) -> Iterator[str]:
+    s = f.setting
+    if s.kept:
+        yield "The features are in memory: the disk plays no part behind the start."
+        return
+    size = _gib(s.data_bytes)
+    if f.supply.read_all.from_disk < FROM_DISK:
+        yield (
+            f"The disk was not measured: what was read lay in memory already ({f.supply.read_all.from_disk:.0%} did "
+            f"not), or the system does not say. {_if_it_fits(s)}"
+        )
+    elif not disk_is_slow(f):
+        yield (
+            f"The disk is fast enough: {f.supply.read_all.from_disk:.0%} of the {s.unit} came from it, at "
+            f"{number(f.supply.read_all.per_s)} {s.unit}/s."
+        )
+    elif limit != DISK:
+        until = "until all has been read once" if s.fits else "as long as not all of it lies in memory"
+        yield (
+            f"The disk will limit the first epoch: {f.supply.read_all.from_disk:.0%} of the {s.unit} came from it, at "
+            f"{number(f.supply.read_all.per_s)} {s.unit}/s, {until} (training reads from {size})."
+        )
+    else:
+        yield _if_it_fits(s)
+
+
+def _if_it_fits(s: Setting) -> str:
+    size = _gib(s.data_bytes)
+    if s.fits is None:
+        return f"Training reads from {size} of files; how much memory is free is not known."
+    free = _gib(s.free_bytes or 0)
+    if s.fits:
+        return f"Training reads from {size} of files, which fit into {free} of free memory: they are read once."
+    return f"Training reads from {size} of files, more than the {free} of free memory: they are read in every epoch."
+
+
+def _place(s: Setting) -> str:
+    return "GPU" if s.device == "cuda" else "CPU as the computing device"
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
