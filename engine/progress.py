@@ -16,6 +16,26 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 
+class HostCopy:
+    """A number on its way from the device: asking for it waits for what was queued before it, not for what came behind.
+
+    ``float(tensor)`` would wait for all work that is queued, and the device would idle while the next step is launched.
+    """
+
+    def __init__(self, number: Tensor) -> None:
+        self._number, self._there = number, None
+        if number.is_cuda:
+            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
+            self._number.copy_(number, non_blocking=True)
+            self._there = torch.cuda.Event()
+            self._there.record()
+
+    def value(self) -> float:
+        if self._there is not None:
+            self._there.synchronize()
+        return float(self._number)
+
+
 class LossMeter:
     """Mean loss of an epoch, without waiting for the device, and a stop when a loss is not finite.
 
@@ -25,12 +45,12 @@ class LossMeter:
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
-        self._last: tuple[Tensor, list[str]] | None = None
+        self._last: tuple[HostCopy, list[str]] | None = None
 
     def add(self, loss: Tensor, bags: list[str]) -> None:
         """Takes the loss of one step over the bags with these names."""
         self.check()
-        self._last = (loss, bags)
+        self._last = (HostCopy(loss), bags)
         self._sum = loss.clone() if self._sum is None else self._sum + loss
         self._count += 1
 
@@ -38,7 +58,7 @@ class LossMeter:
         """Raises UserError with the names of the bags when the last loss was NaN or infinite."""
         if self._last is None:
             return
-        value, bags = float(self._last[0]), self._last[1]
+        value, bags = self._last[0].value(), self._last[1]
         self._last = None
         if value != value or abs(value) == float("inf"):
             raise UserError(
