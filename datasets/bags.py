@@ -25,6 +25,7 @@ from datasets.jpeg import JpegError, decode
 from datasets.labels import Sample
 from datasets.sampling import Regions, regional_order
 from datasets.store import PatchStore
+from datasets.upload import upload
 from datasets.views import ViewPlan, share_per_chunk
 from utils.errors import UserError
 
@@ -48,6 +49,7 @@ class Bags:
         last: in evaluation, whether this part completes its bag.
         pos: (P, 2) columns and rows of the patch grid, for heads that use them; None: not asked for.
         slot: on its way from a reading process, the buffer of datasets.ring that holds the instances.
+        waited: seconds that were spent waiting for instances that came later than the bags (datasets.full_bags).
     """
 
     instances: Tensor
@@ -59,12 +61,13 @@ class Bags:
     last: bool = True
     pos: Tensor | None = None
     slot: int | None = None
+    waited: float = 0.0
 
     def to(self, device: torch.device) -> Bags:
         """A copy with what the model takes on ``device``; draws and keep stay in host memory, where they are read."""
         return dataclasses.replace(
             self,
-            instances=self.instances.to(device, non_blocking=True),
+            instances=upload(self.instances, device),
             target={k: v.to(device, non_blocking=True) for k, v in self.target.items()},
             pos=None if self.pos is None else self.pos.to(device, non_blocking=True),
         )
@@ -127,12 +130,17 @@ class PixelSource:
             try:
                 decode(data, order=self.order, out=rows[row])
             except JpegError as error:
-                raise UserError(
-                    f"{self.store.path}: patch {pick} of slide {slide!r} is no JPEG of the store's size, "
-                    f"{rows.shape[1]} px: {error}. Run 'python -m datasets.store verify' on the store and write the "
-                    "slide anew, all slides with one --img_size."
-                ) from error
+                raise broken_patch(self.store, slide, pick, error) from error
         return patches
+
+
+def broken_patch(store: PatchStore, slide: str, pick: int, reason: object) -> UserError:
+    """What to say about a stored patch that cannot be used."""
+    return UserError(
+        f"{store.path}: patch {pick} of slide {slide!r} is no JPEG of the store's size, {store.image_size_px} px: "
+        f"{reason}. Run 'python -m datasets.store verify' on the store and write the slide anew, all slides with one "
+        "--img_size."
+    )
 
 
 @dataclass(frozen=True)
@@ -170,7 +178,7 @@ def load_instances(source: Source, slides: Sequence[str], picks: np.ndarray, out
     begins = np.concatenate([[0], ends[:-1]])
     parts = [source.load(slides[s], picks[r] - begins[s]) for s, r in enumerate(rows) if len(r)]
     back = np.argsort(np.concatenate([r for r in rows if len(r)]))
-    joined = torch.cat(parts)[torch.from_numpy(back)]
+    joined = join(parts)[torch.from_numpy(back)]
     return joined if out is None else out.copy_(joined)
 
 
@@ -183,6 +191,10 @@ def load_positions(source: Source, slides: Sequence[str], picks: np.ndarray) -> 
         cells.append(source.grid.cells(slide) + (left, 0))
         left += source.grid.columns(slide)
     return torch.from_numpy(np.concatenate(cells)[picks])
+
+
+Segment = tuple[Source, Sequence[str], np.ndarray]
+"""A source, the slides of a bag, and the instances that are taken from them."""
 
 
 @dataclass(frozen=True)
@@ -282,9 +294,20 @@ class TrainBags(Dataset[Bags]):
         """The batch of the bags at ``keys``, each an (epoch, position)."""
         bags = [self._draw(epoch, position) for epoch, position in keys]
         slot = None if self.ring is None else self.ring.take()
+        segments = [
+            (source, bag.sample.slides, picks)
+            for bag in bags
+            for source, picks in zip(self.sources, bag.picks, strict=True)
+        ]
+        return dataclasses.replace(self._described(bags), instances=self.load(segments, slot), slot=slot)
+
+    def described(self, keys: Sequence[tuple[int, int]]) -> Bags:
+        """The same without its instances, for those who load them by and by."""
+        return self._described([self._draw(epoch, position) for epoch, position in keys])
+
+    def _described(self, bags: Sequence[_Drawn]) -> Bags:
         return Bags(
-            instances=self._load(bags, slot),
-            slot=slot,
+            instances=torch.empty(0),
             sizes=[bag.size for bag in bags],
             index=[bag.position for bag in bags],
             target=joined_targets([bag.sample.target for bag in bags]),
@@ -309,18 +332,18 @@ class TrainBags(Dataset[Bags]):
         known = [p for p in pos if p is not None]
         return _Drawn(sample, position, chosen, torch.cat(keep), draws, join(known) if known else None)
 
-    def _load(self, bags: Sequence[_Drawn], slot: int | None) -> Tensor:
-        total = sum(bag.size for bag in bags)
+    def load(self, segments: Sequence[Segment], slot: int | None = None) -> Tensor:
+        """The instances of ``segments`` one behind another; in buffer ``slot`` of the ring, where one is given."""
+        total = sum(len(picks) for _, _, picks in segments)
         if self.ring is None or slot is None:
             room = self.sources[0].room(total)
         else:
             room = self.ring.buffers[slot][:total]
         parts, begin = [], 0
-        for bag in bags:
-            for source, picks in zip(self.sources, bag.picks, strict=True):
-                out = None if room is None else room[begin : begin + len(picks)]
-                parts.append(load_instances(source, bag.sample.slides, picks, out))
-                begin += len(picks)
+        for source, slides, picks in segments:
+            out = None if room is None else room[begin : begin + len(picks)]
+            parts.append(load_instances(source, slides, picks, out))
+            begin += len(picks)
         if room is None:
             return join(parts)
         return room if slot is None else room[:0].clone()  # the training process knows the buffer
@@ -378,5 +401,14 @@ def joined_targets(targets: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """``parts`` one behind another; a single one is passed on without a copy, as bags may be large."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    """``parts`` one behind another, rows of bytes filled up to the longest.
+
+    A single part is passed on without a copy, as bags may be large.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    widths = {part.shape[1:] for part in parts}
+    if len(widths) > 1:
+        longest = max(part.shape[1] for part in parts)
+        parts = [torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts]
+    return torch.cat(list(parts))

@@ -97,6 +97,7 @@ MAY_DIFFER = {
     "wandb",
     "tensorboard",
     "persistence",
+    "full_bag_keep",
     "device",
     "output_path",
     "num_bootstrap",

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from datasets.bags import Bags, EvalParts, TrainBags
+from datasets.full_bags import rehearsal, size_of
 from datasets.label_types import Fold, Sample
 from datasets.sampling import bag_limit
 from engine import memory, task_builder
@@ -83,18 +84,24 @@ def _count(setup: Setup, sample: Sample) -> int:
 
 def _train_rate(setup: Setup, fold: Fold, learner: Learner, processes: Processes) -> tuple[float, float]:
     """Instances per second of steps on the largest bags, and of reading them."""
-    order = sorted(range(len(fold.train)), key=lambda i: -_count(setup, fold.train[i]))
-    largest = order[: setup.config.train.batch_size]
-    names = [fold.train[i].id for i in largest]
-    data = TrainBags(fold.train, setup.sources.train, setup.plan, setup.views, fold.seed)
-    begin = time.perf_counter()
-    bags = data[[(0, i) for i in largest]]
-    read = sum(bags.sizes) / (time.perf_counter() - begin)
+    bags, reading = _largest_batch(setup, fold)
+    names, read = [fold.train[i].id for i in bags.index], sum(bags.sizes) / reading
     log.info("dry run: %d steps on %s (%d instances)", STEPS + 1, ", ".join(names), sum(bags.sizes))
     learner.model.train()
     with memory.explained(memory.Load(names, sum(bags.sizes)), setup.config, training=True):
         seconds = seconds_per_call(lambda: learner.step(bags, divide_by=1, update=True), processes.device, STEPS)
     return sum(bags.sizes) / seconds, read
+
+
+def _largest_batch(setup: Setup, fold: Fold) -> tuple[Bags, float]:
+    """The largest training bags, and the seconds that one process takes to read them."""
+    data = TrainBags(fold.train, setup.sources.train, setup.plan, setup.views, fold.seed)
+    order = sorted(range(len(data)), key=lambda i: -size_of(data, i))
+    keys = [(0, i) for i in order[: setup.config.train.batch_size]]
+    if setup.chunks is not None:
+        return rehearsal(data, keys, setup.chunks)
+    begin = time.perf_counter()
+    return data[keys], time.perf_counter() - begin
 
 
 def _evaluation_rate(setup: Setup, fold: Fold, learner: Learner, processes: Processes) -> float:

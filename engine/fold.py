@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from datasets.bags import Bags, TrainBags
+from datasets.full_bags import full_bag_batches
 from datasets.label_types import Fold
 from datasets.loaders import TrainStream, train_batches
 from datasets.sampling import bag_limit
@@ -18,6 +19,7 @@ from engine import memory, task_builder
 from engine.attention_sampling import check_attention_sampling
 from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
+from engine.full_bag import FullBagLearner
 from engine.learner import Learner
 from engine.metrics import Metrics
 from engine.profiling import StepTrace
@@ -51,7 +53,8 @@ def build_learner(setup: Setup, fold: Fold, task: Task, processes: Processes) ->
     if by_attention:
         check_attention_sampling(setup.config.data, model.mil)
     with_ema = by_attention or "ema" in EVALUATED[setup.config.eval.test_type]
-    learner = Learner(model.to(processes.device), task, renderer, setup.config.train, processes, with_ema)
+    kind = Learner if setup.chunks is None else FullBagLearner
+    learner = kind(model.to(processes.device), task, renderer, setup.config.train, processes, with_ema)
     learner.favoured = bag_limit(setup.config.data) if by_attention else 0
     return learner
 
@@ -77,7 +80,10 @@ def training_stream(
 def training_batches(setup: Setup, fold: Fold, processes: Processes, stream: TrainStream) -> Iterator[Bags]:
     """The batches of ``stream``, prepared as the options say."""
     bags = TrainBags(fold.train, setup.sources.train, setup.plan, setup.views, fold.seed)
-    return train_batches(bags, stream, loader_options(setup, processes, setup.config.data.num_workers))
+    options = loader_options(setup, processes, setup.config.data.num_workers)
+    if setup.chunks is not None:
+        return full_bag_batches(bags, stream, options, setup.chunks)
+    return train_batches(bags, stream, options)
 
 
 class FoldRun:
@@ -200,6 +206,7 @@ class FoldRun:
                 bags = meters.speed.wait(batches)
                 load.now([self.fold.train[i].id for i in bags.index], sum(bags.sizes))
                 updated = self._step(epoch, step, stream, bags, meters)
+                meters.speed.waited += bags.waited
                 bar.step(step + 1, meters.speed)
                 self.trace.step()
                 if updated:

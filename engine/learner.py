@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,10 +73,12 @@ class Learner:
         self.grad_norm: Tensor | None = None
         self.aux_loss: Tensor | None = None
         self.favoured = 0
-        self.wrapped: SlideModel | DistributedDataParallel = model
-        if processes.world > 1:
-            ids = [processes.device.index] if cuda else None
-            self.wrapped = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        self.wrapped = self._distributed(model) if processes.world > 1 else model
+
+    def _distributed(self, model: SlideModel) -> SlideModel | DistributedDataParallel:
+        device = self.processes.device
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
     def rates(self) -> dict[str, float]:
         """Learning rates: ``lr`` of the head, and ``lr_encoder`` where an encoder is trained."""
@@ -96,6 +98,13 @@ class Learner:
         Returns:
             The batch's loss, a detached scalar on the device. The mean over the processes is the loss of all bags.
         """
+        loss = self._backward(bags, divide_by, update, counts or [len(bags.sizes)] * self.processes.world)
+        if update:
+            self._update()
+        return loss.detach()
+
+    def _backward(self, bags: Bags, divide_by: int, update: bool, counts: Sequence[int]) -> Tensor:
+        """Adds the gradient of one batch to those of its group; returns its loss."""
         bags = bags.to(self.processes.device)
         if self.favoured and self.ema is not None:
             chosen = favourites(self.ema.module, bags, self.favoured, self.renderer, self.precision)
@@ -103,23 +112,22 @@ class Learner:
         hold: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if not update and isinstance(self.wrapped, DistributedDataParallel):
             hold = self.wrapped.no_sync()
+        inputs = bags.instances if self.renderer is None else self.renderer(bags.instances, bags.draws)
         with hold:
-            loss = self._loss(bags, counts or [len(bags.sizes)] * self.processes.world)
+            loss = self._loss(self.wrapped, inputs, bags, counts)
             self.scaler.scale(loss / divide_by).backward()
-        if update:
-            self._update()
-        return loss.detach()
+        return loss
 
-    def _loss(self, bags: Bags, counts: Sequence[int]) -> Tensor:
+    def _loss(self, model: Callable[..., Any], inputs: Tensor, bags: Bags, counts: Sequence[int]) -> Tensor:
+        """The loss of one batch; ``model`` takes ``inputs`` and everything else that ``SlideModel.forward`` takes."""
         rank, real = self.processes.rank, counts[self.processes.rank]
 
         def criterion(logits: Tensor, labels: Tensor) -> Tensor:
             return self.task.criterion(logits[:real], labels[:real])
 
-        inputs = bags.instances if self.renderer is None else self.renderer(bags.instances, bags.draws)
         with self.precision.autocast():
             labels = self.task.labels(bags.target)
-            logits, aux = self.wrapped(inputs, bags.sizes, bags.keep, labels, criterion, bags.pos)
+            logits, aux = model(inputs, bags.sizes, bags.keep, labels, criterion, bags.pos)
         main_weight, aux_weight = self.loss_weights
         target = {name: values[:real] for name, values in bags.target.items()}
         share = self.task.share(target, counts, rank) if len(counts) > 1 else 1.0

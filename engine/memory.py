@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from datasets.sampling import bag_limit
 from utils.config import Config
 from utils.errors import UserError
 
@@ -50,12 +51,26 @@ def remedy(config: Config, training: bool) -> str:
     train = config.train
     if not training:
         return f"Lower --p_batch_size_v (now {config.eval.p_batch_size_v}); the results stay the same."
+    if train.full_bag:
+        return _full_bag_remedy(config)
     offers = [
         "" if train.amp else "give --amp",
         "" if train.grad_checkpointing else "give --grad_checkpointing (slower, the same result)",
+        "give --full_bag" if config.model.model.startswith("e2e_") and not bag_limit(config.data) else "",
         f"lower --p_batch_size (now {train.p_batch_size}, with --grad_checkpointing)",
         f"lower --batch_size (now {train.batch_size}) and raise --accumulation_steps" if train.batch_size > 1 else "",
         f"lower --same_psize (now {config.data.same_psize or 'all instances'}) or --max_patch_train",
+    ]
+    text = ", or ".join(o for o in offers if o)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _full_bag_remedy(config: Config) -> str:
+    train = config.train
+    offers = [
+        "" if train.amp else "give --amp",
+        f"lower --full_bag_keep (now {train.full_bag_keep}), at the price of reading patches twice",
+        f"lower --p_batch_size (now {train.p_batch_size}), which changes BatchNorm statistics",
     ]
     text = ", or ".join(o for o in offers if o)
     return f"{text[0].upper()}{text[1:]}."

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from datasets.bags import SamplingPlan
+from datasets.full_bags import ChunkPlan
 from datasets.label_options import LabelOptions
 from datasets.label_types import Fold
 from datasets.labels import Cohort, load_cohort
@@ -41,6 +42,7 @@ class Setup:
         cohort: samples, folds and classes.
         plan: how many instances a training bag takes.
         views: random views of training patches; None for features.
+        chunks: how whole training bags are taken apart; None where they are not (``--full_bag``).
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Setup:
     cohort: Cohort
     plan: SamplingPlan
     views: ViewPlan | None
+    chunks: ChunkPlan | None = None
 
 
 def prepare(config: Config) -> Setup:
@@ -76,7 +79,7 @@ def prepare(config: Config) -> Setup:
     views = None
     if sources.stored_px is not None:
         views = ViewPlan(data.img_transform, data.crop_scale, sources.stored_px, data.crop_size, data.img_trans_chunk)
-    return Setup(config, encoder, mil, sources, cohort, sampling_plan(data), views)
+    return Setup(config, encoder, mil, sources, cohort, sampling_plan(data), views, chunk_plan(config))
 
 
 def check_processes(setup: Setup, world: int) -> None:
@@ -142,6 +145,14 @@ def sampling_plan(data: DataConfig) -> SamplingPlan:
         shuffle=data.patch_shuffle,
         regions=_regions(data),
     )
+
+
+def chunk_plan(config: Config) -> ChunkPlan | None:
+    """How whole training bags are taken apart; None where they are not (``--full_bag``)."""
+    train = config.train
+    if not train.full_bag:
+        return None
+    return ChunkPlan(train.p_batch_size, train.full_bag_keep, twice=not config.model.freeze_enc)
 
 
 def _regions(data: DataConfig) -> Regions | None:
@@ -217,5 +228,10 @@ def describe(setup: Setup, model: nn.Module, precision: Precision) -> Sequence[s
         wanted = [f"{bag_limit(setup.config.data)}, chosen from all by the attention of the EMA model"]
     scales = " low + ".join(wanted) + " high" if len(wanted) == 2 else wanted[0]
     lines.append(f"instances per training bag: {scales}; evaluation: all of the high magnification")
+    if setup.chunks is not None:
+        lines.append(
+            f"full bags: exact gradient in two passes, at most {setup.chunks.chunk} patches per encoder call; the "
+            f"first {setup.chunks.keep} patches of a step stay on the device in between"
+        )
     lines.append(f"precision: {'float32' if precision.dtype is None else str(precision.dtype).removeprefix('torch.')}")
     return lines

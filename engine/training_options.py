@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import logging
 
-from utils.config import Config
+from utils.config import Config, TrainConfig
 from utils.errors import Faults
 
 log = logging.getLogger(__name__)
 
 AT_LEAST_ONE = ("num_epoch", "batch_size", "accumulation_steps", "p_batch_size", "p_batch_size_v", "log_iter")
 POSITIVE = ("lr", "encoder_lr", "clip_grad")
-NOT_NEGATIVE = ("weight_decay", "warmup_epochs", "warmup_lr", "patient", "same_psize", "num_workers", "save_every_min")
+NOT_NEGATIVE = (
+    "weight_decay",
+    "warmup_epochs",
+    "warmup_lr",
+    "patient",
+    "same_psize",
+    "num_workers",
+    "save_every_min",
+    "full_bag_keep",
+)
 
 
 def check_training_options(config: Config) -> None:
@@ -40,4 +49,32 @@ def check_training_options(config: Config) -> None:
             config.train.num_epoch,
             config.train.warmup_epochs,
         )
+    _check_full_bag(config, faults)
     faults.raise_if_any()
+
+
+def _check_full_bag(config: Config, faults: Faults) -> None:
+    """Adds what ``--full_bag`` cannot go with."""
+    data, train = config.data, config.train
+    if not train.full_bag:
+        if train.full_bag_keep != TrainConfig().full_bag_keep:
+            faults.add(f"full_bag_keep is {train.full_bag_keep}, but nothing is kept without --full_bag")
+        return
+    reasons = {
+        "every patch is trained on: give --same_psize=0": data.same_psize,
+        "every patch is trained on: remove --max_patch_train": data.max_patch_train,
+        "every patch is trained on, so none is chosen: give --sel_type=random": data.sel_type != "random",
+        "every patch is trained on, so no region goes first: remove --num_group_1d and --num_group_2d": (
+            data.num_group_1d or data.num_group_2d
+        ),
+        "bags are not filled up: remove --pad_enc_bs and --all_patch_train": data.pad_enc_bs or data.all_patch_train,
+        "it is for patches, and features need no encoder: give a model e2e_<encoder>_<mil>": (
+            not config.model.model.startswith("e2e_")
+        ),
+        "processes have different numbers of encoder calls, and --sync_bn would let them wait for each other: remove "
+        "--sync_bn, or take an encoder without BatchNorm": train.sync_bn,
+        "only one encoder call's activations are held anyway: remove --grad_checkpointing": train.grad_checkpointing,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            faults.add(f"full_bag is on, but {reason}")

@@ -211,6 +211,16 @@ class TrainConfig:
         "keep the activations of one encoder call of p_batch_size patches and compute the others again in the backward "
         "pass: less memory, more time, the same result",
     )
+    full_bag: bool = option(
+        False,
+        "train on all patches of every bag with the exact gradient, in memory for the activations of one encoder call: "
+        "the encoder runs without a graph first and again with one behind the head",
+    )
+    full_bag_keep: int = option(
+        16384,
+        "full_bag: patches of a step that stay on the device (uint8; 3.2 GB of 256 px) and need not be read again for "
+        "the second pass",
+    )
     drop_last: bool = option(True, "drop the last incomplete training batch")
     seed: int = option(2021, "base seed")
     determ: bool = option(True, "deterministic cuDNN kernels; --no_determ lets cuDNN choose the fastest")
