@@ -1,8 +1,12 @@
 #!/usr/bin/env bash
 # Trains in N processes of this machine, one per GPU (or on the CPU where there is none):
 #   bash train_dist.sh 2 --datasets=panda -c=config/e2e/r18_panda.yaml ...
-# Every argument behind N goes to main.py. The status is 75 when the run was asked to stop and has saved (the same
-# command goes on), and otherwise not 0 when any process fails.
+# Every argument behind N goes to main.py. On several machines, N processes each, run the same command on every one,
+# with NNODES (how many), NODE_RANK (this one, from 0), MASTER_ADDR and MASTER_PORT (of machine 0) set; under SLURM
+#   srun --ntasks-per-node=1 bash train_dist.sh 4 ...
+# sets them. MAX_RESTARTS (0) is how often the run starts again, from its last saved state, when a process dies.
+# The status is 75 when the run was asked to stop and has saved (the same command goes on), 2 for a fault in what was
+# given, and otherwise not 0 when any process fails. docs/scaling.md has examples.
 set -eu
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 
@@ -16,11 +20,8 @@ shift
 source "$here/utils/launch.sh"
 
 # The published 8 threads per process, fewer where the processes would have to share cores.
-cores=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 8)
+cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 8)
 share=$((cores / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share < 1 ? 1 : share > 8 ? 8 : share))}"
 
-# Port 0 lets the rendezvous take a free port; the address keeps it off a host name that may not resolve.
-exec "$python" "$here/utils/torchrun.py" --nnodes=1 --nproc-per-node="$processes" \
-    --rdzv-backend=c10d --rdzv-endpoint=127.0.0.1:0 --local-addr=127.0.0.1 \
-    "$here/main.py" "$@"
+exec "$python" "$here/utils/torchrun.py" --nproc-per-node="$processes" "$here/main.py" "$@"

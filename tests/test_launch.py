@@ -27,7 +27,8 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout whose folder has a space in its name and whose main.py records how it was called."""
     folder = tmp_path / "a checkout"
     (folder / "utils").mkdir(parents=True)
-    for name in ("train.sh", "train_dist.sh", "utils/launch.sh", "utils/torchrun.py", "utils/stop.py"):
+    parts = ("launch.sh", "torchrun.py", "stop.py", "nodes.py", "peers.py", "errors.py")
+    for name in ("train.sh", "train_dist.sh", *(f"utils/{part}" for part in parts)):
         shutil.copy(ROOT / name, folder / name)
     (folder / "main.py").write_text(MAIN)
     return folder

@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 log = logging.getLogger(__name__)
@@ -17,11 +16,17 @@ log = logging.getLogger(__name__)
 STATUS = 75
 """Exit status of a run that was asked to stop, saved, and goes on with the same command (EX_TEMPFAIL, sysexits.h)."""
 
+FAULT = 2
+"""Exit status of a run that cannot begin or go on before the user has changed something."""
+
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 """Kill and scancel, Ctrl-C, and what ``sbatch --signal=USR1@120`` sends before time is up."""
 
 MARK = "ABMILX_STOPPED_MARK"
-"""Environment variable with the path of a file that a stopped run makes, by which the launcher knows of it."""
+"""Environment variable with the path of a file in which processes tell the launcher how they ended."""
+
+RESTARTS = "ABMILX_RESTARTS"
+"""Environment variable in which the launcher says how often it starts a run again whose processes die."""
 
 
 class Stopped(Exception):
@@ -68,8 +73,9 @@ def ignore_stop_signals() -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def leave_mark() -> None:
-    """Tells the launcher, where there is one, that the run has saved and stopped."""
+def leave_mark(status: int = STATUS) -> None:
+    """Tells the launcher, where there is one, that the run has saved and stopped, or found a fault (``FAULT``)."""
     path = os.environ.get(MARK)
     if path:
-        Path(path).touch()
+        with open(path, "a", encoding="ascii") as file:
+            file.write(f"{status}\n")

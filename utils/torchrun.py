@@ -1,6 +1,8 @@
-"""torchrun with an exit status that says whether the run saved and stopped: used by ``train_dist.sh``.
+"""torchrun for one machine or several, with restarts: used by ``train_dist.sh``.
 
-torchrun itself answers 1 for every process that ends with a status, and dies of SIGUSR1.
+torchrun itself answers 1 for every process that ends with a status, dies of SIGUSR1, and starts a run with a fault in
+its options again as often as one that was killed. Here the exit status is 0, 2 for a fault in what was given, 75 for a
+run that was asked to stop and has saved, or another one for a failure; only failures are tried again.
 """
 
 from __future__ import annotations
@@ -16,27 +18,99 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]  # no module here may hide a library's
 sys.path.insert(0, str(HERE.parent))
 
+from utils.errors import UserError  # noqa: E402
+from utils.nodes import Nodes, read_nodes  # noqa: E402
+from utils.peers import Ending, LostError, Peers  # noqa: E402
+from utils.stop import FAULT, MARK, RESTARTS, STATUS  # noqa: E402
+
+# Port 0 lets the rendezvous take a free port; the address keeps it off a host name that may not resolve.
+ONE_MACHINE = ("--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
+
 
 def main(argv: list[str]) -> int:
-    """Runs torchrun with ``argv``; returns 0, 75 for a run that saved and stopped, or torchrun's status."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
+    """Runs torchrun with ``argv`` on the machines that the environment names; returns the exit status.
 
-    from utils.stop import MARK, STATUS
+    Args:
+        argv: torchrun's arguments, without those that say which machines there are.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
 
     signal.signal(signal.SIGUSR1, _as_sigterm)
+    try:
+        nodes = read_nodes(os.environ)
+        os.environ[RESTARTS] = str(nodes.restarts)
+        peers = Peers(nodes, {"arguments": argv, "MAX_RESTARTS": nodes.restarts}) if nodes.count > 1 else None
+        ending = _attempts(nodes, peers, argv)
+        if peers is not None:
+            peers.leave()
+    except UserError as error:
+        sys.stderr.write(f"train_dist.sh: error: {error}\n")
+        return FAULT
+    except LostError as error:
+        sys.stderr.write(f"train_dist.sh: {error}, so the run ends. The same command on every machine goes on.\n")
+        return 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
+    return ending.status
+
+
+def _attempts(nodes: Nodes, peers: Peers | None, argv: list[str]) -> Ending:
+    """Runs until the ending is not a failure, or no attempt is left."""
+    for attempt in range(nodes.restarts + 1):
+        if peers is None:
+            ending = _attempt([*ONE_MACHINE, *argv])
+        else:
+            port = peers.meet(attempt)
+            peers.begin(attempt)
+            ending = peers.agree(attempt, _attempt([*_place(nodes, port, attempt), *argv]))
+        left = nodes.restarts - attempt
+        if not ending.again or not left:
+            break
+        sys.stderr.write(
+            f"train_dist.sh: {ending.cause}. The run goes on from its last saved state, attempt {attempt + 2} of "
+            f"{nodes.restarts + 1}.\n"
+        )
+    return ending
+
+
+def _place(nodes: Nodes, port: int, attempt: int) -> list[str]:
+    # A port of its own keeps an attempt away from what the one before left in torch's store.
+    return [
+        f"--nnodes={nodes.count}",
+        f"--node-rank={nodes.rank}",
+        "--rdzv-backend=static",
+        f"--rdzv-endpoint={nodes.address}:{port}",
+        f"--rdzv-id={attempt}",
+        "--rdzv-conf=timeout=60",
+    ]
+
+
+def _attempt(argv: list[str]) -> Ending:
+    """Runs torchrun once; the processes tell by a mark whether they stopped as asked or found a fault."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
+    from torch.distributed.run import main as torchrun
+
     with tempfile.TemporaryDirectory() as folder:
-        mark = Path(folder) / "stopped"
+        mark = Path(folder) / "mark"
         os.environ[MARK] = str(mark)
         try:
-            torchrun(argv)
+            torchrun([f"--log-dir={folder}", *argv])
+            return Ending()
         except (ChildFailedError, SignalException) as error:
-            if mark.exists():
-                return STATUS
+            marks = mark.read_text(encoding="ascii").split() if mark.exists() else []
+            for status in (FAULT, STATUS):
+                if str(status) in marks:
+                    return Ending(status, cause="a fault in what was given" if status == FAULT else "asked to stop")
             sys.stderr.write(f"{error}\n")
-            return 128 + error.sigval if isinstance(error, SignalException) else 1
-    return 0
+            if isinstance(error, SignalException):
+                return Ending(128 + int(error.sigval), cause=f"the launcher got signal {int(error.sigval)}")
+            rank, failure = error.get_first_failure()
+            how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
+            return Ending(1, again=True, cause=f"process {rank} {how}")
+        except (RendezvousError, RuntimeError) as error:
+            return Ending(1, again=True, cause=f"torchrun failed: {error}")
 
 
 def _as_sigterm(number: int, frame: FrameType | None) -> None:
