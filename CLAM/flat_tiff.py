@@ -8,6 +8,7 @@ strips are in memory.
 from __future__ import annotations
 
 import io
+import os
 import struct
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,17 +18,21 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import tifffile
 from PIL import Image
-from slide_image import MAX_WHOLE_PX
+from pixel_rows import Layout, PixelRows
+from slide_image import BAND_PX, WHOLE_PX
 from slide_scale import openslide_mpp
-from slides import Box, Pixels, RegionError, Slide, boxes
+from slides import Box, Pixels, RegionError, Slide, boxes, region_message
 
 from utils.errors import UserError
 
 CACHE_BYTES = 64_000_000
 """Decoded segments kept: two rows of 256-px strips of an image 40,000 px wide."""
 
-BAND_PX = 4_000_000
-"""Pixels of the bands in which a whole image is read."""
+BLACK_IS_ZERO, RGB = 1, 2
+"""Values of PhotometricInterpretation."""
+
+UNMIXED = (0, 2)
+"""Kinds of a fourth sample that leave the colours as they are: unspecified and unassociated alpha."""
 
 COPIED_TAGS = (
     "Predictor",
@@ -66,11 +71,11 @@ class FlatTiffSlide(Slide):
         seg_width = int(self._page.tilewidth) if self._page.is_tiled else width
         seg_height = int(self._page.tilelength if self._page.is_tiled else min(self._page.rowsperstrip, height))
         self._segments = _Segments(seg_width, seg_height, -(-width // seg_width))
-        self._map = tifffile.memmap(str(path), page=0, mode="r") if self._is_plain_rgb() else None
-        if self._map is None and seg_width * seg_height > MAX_WHOLE_PX:
+        self._rows = self._plain_rows()
+        if self._rows is None and seg_width * seg_height > WHOLE_PX:
             raise UserError(
                 f"{path}: one compressed strip holds {seg_width} x {seg_height} px; the limit is "
-                f"{MAX_WHOLE_PX / 1e6:.0f} Mpx. Convert it to a tiled TIFF."
+                f"{WHOLE_PX / 1e6:.0f} Mpx. Convert it to a tiled TIFF."
             )
         self._cache: OrderedDict[int, Pixels] = OrderedDict()
 
@@ -84,18 +89,29 @@ class FlatTiffSlide(Slide):
                 f"bits. Convert it."
             )
 
-    def _is_plain_rgb(self) -> bool:
-        return bool(self._page.is_memmappable and self._page.samplesperpixel == 3 and self._page.photometric == 2)
+    def _plain_rows(self) -> PixelRows | None:
+        """Pixels that lie uncompressed and in one piece are read in place."""
+        page = self._page
+        extra = tuple(int(v) for v in page.extrasamples)
+        orders: dict[tuple[int, int, tuple[int, ...]], str] = {(1, BLACK_IS_ZERO, ()): "L", (3, RGB, ()): "RGB"}
+        orders |= {(4, RGB, (kind,)): "RGBX" for kind in UNMIXED}
+        order = orders.get((int(page.samplesperpixel), int(page.photometric), extra))
+        if order is None or not page.is_memmappable:
+            return None
+        layout = Layout(int(page.imagewidth), int(page.imagelength), order, int(page.dataoffsets[0]))
+        return PixelRows(os.open(self.path, os.O_RDONLY), layout)
 
     def read_region(self, location_px: tuple[int, int], level: int, size_px: tuple[int, int]) -> Pixels:
+        if self._rows is not None:
+            try:
+                return self._rows.region(location_px, size_px)
+            except OSError as error:
+                raise RegionError(region_message(self.path, location_px, level, error)) from error
         (x, y), (w, h) = location_px, size_px
         result = np.zeros((h, w, 3), np.uint8)
         width, height = self.dimensions
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
         if x1 <= x0 or y1 <= y0:
-            return result
-        if self._map is not None:
-            result[y0 - y : y1 - y, x0 - x : x1 - x] = self._map[y0:y1, x0:x1]
             return result
         seg_w, seg_h, across = self._segments
         for row in range(y0 // seg_h, (y1 - 1) // seg_h + 1):
@@ -136,7 +152,8 @@ class FlatTiffSlide(Slide):
             return np.array(image.convert("RGB"))
 
     def close(self) -> None:
-        self._map = None
+        if self._rows is not None:
+            self._rows.close()
         self._cache.clear()
         self._file.close()
 

@@ -252,7 +252,7 @@ def test_sixteen_bit_tiff_is_refused_with_a_reason(tmp_path):
 
 
 def test_an_image_too_large_to_decode_whole_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(slide_image, "MAX_WHOLE_PX", 1000)
+    monkeypatch.setattr(slide_image, "MAX_PX", 1000)
     Image.fromarray(picture(130, 95)).save(tmp_path / "large.png")
     with pytest.raises(UserError, match=r"large\.png: 130 x 95 px.*tiled TIFF"):
         open_slide(tmp_path / "large.png")
