@@ -1,0 +1,197 @@
+"""Training steps of 1, 2 and 3 processes on the same bags: equal losses, gradients, statistics, weights.
+
+The last steps hold fewer bags than three processes can share evenly, and fewer than there are processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from ranks import results_of
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
+
+import modules.heads  # noqa: F401  (fills the registry)
+from datasets.bags import Bags
+from datasets.loaders import shard
+from engine.learner import Learner
+from engine.multilabel import MultilabelTask
+from engine.regression import RegressionTask
+from engine.tasks import ClassificationTask, CoxTask, SurvivalTask, Task
+from modules.heads import build_mil
+from modules.model import SlideModel
+from modules.registry import mils
+from modules.sync_batchnorm import JoinedBatchNorm, synchronised
+from utils.config import ModelConfig, TrainConfig
+from utils.dist import Processes
+
+WIDTH = 12
+STEPS = (6, 5, 1, 2)
+"""Bags of the steps of all processes together."""
+
+RANDOM = {"dtfd"}
+"""Heads that draw random numbers in training, which every process does on its own."""
+
+TASKS: dict[str, Task] = {
+    "classes": ClassificationTask(("a", "b", "c"), "auc", class_weights=(0.5, 1.0, 3.0)),
+    "survival": SurvivalTask(4),
+    "cox": CoxTask(),
+    "labels": MultilabelTask(("label", "event", "other"), positive_weights=(1.0, 2.0, 0.5)),
+    "value": RegressionTask(mean=2.0, sd=3.0),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One learner: task, head, options; with ``px`` bags hold patches of that side, which an encoder sees."""
+
+    task: str
+    head: str
+    options: dict[str, Any] = field(default_factory=dict)
+    px: int = 0
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+SYNC = {"sync_bn": True, "accumulation_steps": 1}
+CASES = {
+    **{f"classes-{head}": Case("classes", head) for head in sorted(mils.names())},
+    **{f"{task}-{head}": Case(task, head) for task in ("cox", "labels", "value") for head in ("abmilx", "dsmil")},
+    "survival-clam_mb": Case("survival", "clam_mb"),
+    "encoder": Case("classes", "abmilx", SYNC, px=6),
+    "encoder-recomputed": Case("classes", "abmil", SYNC | {"grad_checkpointing": True}, px=6),
+    "head with bn": Case("classes", "abmil", SYNC, model={"mil_norm": "bn"}),
+    "several calls": Case("classes", "abmil", SYNC | {"p_batch_size": 3}, px=6),
+}
+
+
+class Recorder(Learner):
+    """Keeps the gradient of every update; the weights hardly move, so that all of them are comparable."""
+
+    gradients: list[dict[str, Tensor]]
+
+    def _update(self) -> None:
+        parameters = self.model.named_parameters()
+        self.gradients.append({k: p.grad.clone() for k, p in parameters if p.grad is not None})
+        super()._update()
+
+
+def encoder() -> nn.Module:
+    """Two kinds of batch normalisation, the second of which holds an activation."""
+    layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, WIDTH, 3, bias=False)]
+    return nn.Sequential(*layers, BatchNormAct2d(WIDTH, act_layer=nn.SiLU), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def bags_of(step: int, mine: Sequence[int], case: Case) -> Bags:
+    """Bags ``mine`` of a step; every bag is a function of its place alone."""
+    px = case.px
+    instances, sizes, targets = [], [], []
+    for place in mine:
+        draw = torch.Generator().manual_seed(100 * step + place)
+        sizes.append(2 + int(torch.randint(0, 9, (), generator=draw)))
+        instances.append(torch.randn(sizes[-1], *((3, px, px) if px else (WIDTH,)), generator=draw))
+        label, event = int(torch.randint(0, 3, (), generator=draw)), int(torch.rand((), generator=draw) < 0.7)
+        value = float(torch.rand((), generator=draw)) + 1
+        targets.append({"label": label, "event": event, "time": value, "value": value, "other": place % 3 - 1})
+    target = {k: torch.tensor([t[k] for t in targets]) for k in targets[0]}
+    places = [torch.stack([torch.arange(n) % 3, torch.arange(n) // 3], 1) for n in sizes]
+    return Bags(
+        torch.cat(instances), sizes, list(mine), target, pos=torch.cat(places) if case.head == "2dmamba" else None
+    )
+
+
+def learner_of(case: Case, processes: Processes) -> Recorder:
+    torch.manual_seed(0)
+    task = TASKS[case.task]
+    model = ModelConfig(inner_dim=16, n_heads=2, n_layers=1, dropout=0, **case.model)
+    options = TrainConfig(
+        lr=1e-9, weight_decay=0, clip_grad=0.5, warmup_epochs=0, **{"p_batch_size": 512, **case.options}
+    )
+    mil = build_mil(case.head, WIDTH, task.outputs, model)
+    slide_model = SlideModel(
+        mil, encoder() if case.px else None, options.p_batch_size, recompute=options.grad_checkpointing
+    )
+    learner = Recorder(slide_model, task, None, options, processes, with_ema=False)
+    learner.gradients = []
+    learner.model.train()
+    for layer in learner.model.modules():
+        if isinstance(layer, nn.Dropout):
+            layer.p = 0.0  # some heads have one that no option turns off
+    return learner
+
+
+def trained(processes: Processes, case: Case) -> dict[str, Any]:
+    """The steps, two of which share an update unless the case says otherwise: what was measured and learnt."""
+    learner, values = learner_of(case, processes), []
+    group = case.options.get("accumulation_steps", 2)
+    for step, size in enumerate(STEPS if group == 2 else STEPS[:2]):
+        counts = [len(shard(size, rank, processes.world)) for rank in range(processes.world)]
+        mine = list(shard(size, processes.rank, processes.world)) or [99]
+        torch.manual_seed(step)
+        loss = learner.step(bags_of(step, mine, case), group, (step + 1) % group == 0, counts)
+        norm = learner.grad_norm if learner.grad_norm is not None else torch.zeros(())
+        aux = learner.aux_loss if learner.aux_loss is not None else torch.zeros(())
+        values.append([float(loss), float(aux), float(norm)])
+    every = torch.tensor(processes.gather(values)).mean(0)
+    buffers = {k: v.clone() for k, v in learner.model.named_buffers()}
+    return {"values": every, "gradients": learner.gradients, "buffers": buffers}
+
+
+def all_cases(processes: Processes, names: list[str]) -> dict[str, Any]:
+    return {name: trained(processes, CASES[name]) for name in names}
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """Number of processes -> what each rank found, by case."""
+    folder = tmp_path_factory.mktemp("steps")
+    return {world: results_of(all_cases, world, folder / str(world), list(CASES)) for world in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.head not in RANDOM and n != "several calls"])
+def test_steps_of_several_processes_are_those_of_one(results: dict[int, Any], name: str) -> None:
+    alone = results[1][0][name]
+    for world in (2, 3):
+        for found in (rank[name] for rank in results[world]):
+            torch.testing.assert_close(found["values"], alone["values"], rtol=1e-4, atol=1e-6)
+            assert len(found["gradients"]) == len(alone["gradients"])
+            for own, whole in zip(found["gradients"], alone["gradients"], strict=True):
+                assert own.keys() == whole.keys()
+                size = max(float(g.abs().max()) for g in whole.values())
+                for key, gradient in whole.items():
+                    torch.testing.assert_close(own[key], gradient, rtol=1e-3, atol=2e-5 * size)
+            for key, buffer in alone["buffers"].items():
+                torch.testing.assert_close(found["buffers"][key], buffer, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.head in RANDOM or n == "several calls"])
+def test_processes_agree_also_where_they_cannot_equal_one(results: dict[int, Any], name: str) -> None:
+    """Every process draws its own numbers; encoder calls join the k-th part of every process's patches."""
+    for world in (2, 3):
+        first = results[world][0][name]
+        assert first["values"].isfinite().all()
+        for other in results[world][1:]:
+            for key, buffer in first["buffers"].items():
+                torch.testing.assert_close(other[name]["buffers"][key], buffer)
+            for own, gradients in zip(other[name]["gradients"], first["gradients"], strict=True):
+                for key, gradient in gradients.items():
+                    torch.testing.assert_close(own[key], gradient)
+
+
+def test_synchronised_layers_keep_names_values_and_what_evaluation_says() -> None:
+    plain = encoder().eval()
+    with torch.no_grad():
+        for buffer in plain.buffers():
+            buffer.add_(1) if buffer.is_floating_point() else None
+    x = torch.randn(4, 3, 6, 6)
+    before, names = plain(x), {k: v.clone() for k, v in plain.state_dict().items()}
+    joined = synchronised(plain, cuda=False)
+    assert sum(isinstance(m, JoinedBatchNorm) for m in joined.modules()) == 2
+    torch.testing.assert_close(joined(x), before)
+    assert {k: v.shape for k, v in joined.state_dict().items()} == {k: v.shape for k, v in names.items()}
+    on_gpu = synchronised(encoder(), cuda=True)
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in on_gpu.modules()) == 2
+    assert any(isinstance(m, nn.SiLU) for m in on_gpu.modules())
