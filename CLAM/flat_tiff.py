@@ -1,8 +1,8 @@
-"""TIFF files that OpenSlide does not take (strips, no tiles): read strip by strip, in bounded memory.
+"""TIFF files that OpenSlide does not take (strips, no tiles), in bounded memory.
 
-A strip is decoded by wrapping its bytes in a one-strip TIFF held in memory, which Pillow's libtiff then
-reads; so every compression of libtiff works (LZW, deflate, JPEG, packbits, none) and never more than a few
-strips are in memory.
+Uncompressed pixels are read in place. A compressed strip is decoded by wrapping its bytes in a one-strip TIFF held in
+memory, which Pillow's libtiff then reads; so every compression of libtiff works (LZW, deflate, JPEG, packbits). What
+was decoded goes to a nameless temporary file, so that no strip is decoded twice.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,11 +21,9 @@ from pixel_rows import Layout, PixelRows
 from slide_image import BAND_PX, WHOLE_PX
 from slide_scale import openslide_mpp
 from slides import Box, Pixels, RegionError, Slide, boxes, region_message
+from spooled import temporary_room
 
 from utils.errors import UserError
-
-CACHE_BYTES = 64_000_000
-"""Decoded segments kept: two rows of 256-px strips of an image 40,000 px wide."""
 
 BLACK_IS_ZERO, RGB = 1, 2
 """Values of PhotometricInterpretation."""
@@ -72,12 +69,13 @@ class FlatTiffSlide(Slide):
         seg_height = int(self._page.tilelength if self._page.is_tiled else min(self._page.rowsperstrip, height))
         self._segments = _Segments(seg_width, seg_height, -(-width // seg_width))
         self._rows = self._plain_rows()
-        if self._rows is None and seg_width * seg_height > WHOLE_PX:
+        self._in_file = self._rows is not None
+        self._seen: dict[int, str] = {}
+        if not self._in_file and seg_width * seg_height > WHOLE_PX:
             raise UserError(
                 f"{path}: one compressed strip holds {seg_width} x {seg_height} px; the limit is "
                 f"{WHOLE_PX / 1e6:.0f} Mpx. Convert it to a tiled TIFF."
             )
-        self._cache: OrderedDict[int, Pixels] = OrderedDict()
 
     def _check(self) -> None:
         page = self._page
@@ -102,44 +100,43 @@ class FlatTiffSlide(Slide):
         return PixelRows(os.open(self.path, os.O_RDONLY), layout)
 
     def read_region(self, location_px: tuple[int, int], level: int, size_px: tuple[int, int]) -> Pixels:
-        if self._rows is not None:
-            try:
-                return self._rows.region(location_px, size_px)
-            except OSError as error:
-                raise RegionError(region_message(self.path, location_px, level, error)) from error
-        (x, y), (w, h) = location_px, size_px
-        result = np.zeros((h, w, 3), np.uint8)
+        try:
+            if self._rows is None:
+                width, height = self.dimensions
+                self._rows = PixelRows(temporary_room(self.path, 3 * width * height), Layout(width, height, "RGB"))
+            if not self._in_file:
+                self._unpack(location_px, size_px)
+            return self._rows.region(location_px, size_px)
+        except OSError as error:
+            raise RegionError(region_message(self.path, location_px, level, error)) from error
+
+    def _unpack(self, corner_px: tuple[int, int], size_px: tuple[int, int]) -> None:
+        """Decodes the segments under a box into the temporary file, each once."""
+        (x, y), (w, h) = corner_px, size_px
         width, height = self.dimensions
         x0, y0, x1, y1 = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-        if x1 <= x0 or y1 <= y0:
-            return result
         seg_w, seg_h, across = self._segments
-        for row in range(y0 // seg_h, (y1 - 1) // seg_h + 1):
-            for column in range(x0 // seg_w, (x1 - 1) // seg_w + 1):
-                part = self._segment(row * across + column)
-                left, top = column * seg_w, row * seg_h
-                a, b = max(x0, left), min(x1, left + part.shape[1])
-                c, d = max(y0, top), min(y1, top + part.shape[0])
-                result[c - y : d - y, a - x : b - x] = part[c - top : d - top, a - left : b - left]
-        return result
+        for row in range(y0 // seg_h, -(-y1 // seg_h)):
+            for column in range(x0 // seg_w, -(-x1 // seg_w)):
+                self._segment(row * across + column, (column * seg_w, row * seg_h))
 
     def block_boxes(self, level: int, multiple_px: int) -> Iterator[Box]:
         """Bands over the whole width, so that no strip is decoded twice."""
         rows = max(1, BAND_PX // self.dimensions[0] // multiple_px) * multiple_px
         return boxes(self.dimensions, (self.dimensions[0], rows))
 
-    def _segment(self, index: int) -> Pixels:
-        if index in self._cache:
-            self._cache.move_to_end(index)
-            return self._cache[index]
-        try:
-            pixels = self._decode(index)
-        except (OSError, ValueError, SyntaxError, struct.error) as error:
-            raise RegionError(f"{self.path}: strip or tile {index} cannot be decoded: {error}") from error
-        while self._cache and sum(p.nbytes for p in self._cache.values()) + pixels.nbytes > CACHE_BYTES:
-            self._cache.popitem(last=False)
-        self._cache[index] = pixels
-        return pixels
+    def _segment(self, index: int, corner_px: tuple[int, int]) -> None:
+        """Puts a strip or tile into the temporary file, unless it is there; ``_seen`` holds what was wrong with it."""
+        if index not in self._seen and self._rows is not None:
+            try:
+                pixels = self._decode(index)
+            except (OSError, ValueError, SyntaxError, struct.error) as error:
+                self._seen[index] = str(error) or type(error).__name__
+            else:
+                self._rows.write(corner_px, pixels)
+                self._seen[index] = ""
+        if self._seen[index]:
+            raise OSError(f"strip or tile {index}: {self._seen[index]}")
 
     def _decode(self, index: int) -> Pixels:
         handle = self._file.filehandle
@@ -154,7 +151,7 @@ class FlatTiffSlide(Slide):
     def close(self) -> None:
         if self._rows is not None:
             self._rows.close()
-        self._cache.clear()
+        self._rows = None
         self._file.close()
 
 

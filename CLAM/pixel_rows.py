@@ -1,4 +1,4 @@
-"""Uncompressed pixels in a file, read row by row.
+"""Uncompressed pixels in a file, read and written row by row.
 
 ``pread`` instead of a memory map: pages of a map that were touched count as memory of the process until the kernel
 takes them back, and a whole level would.
@@ -92,6 +92,21 @@ class PixelRows:
         if order.endswith("A"):
             rgb[raw[..., 3] == 0] = 0
         return rgb
+
+    def write(self, corner_px: tuple[int, int], pixels: Pixels) -> None:
+        """Puts (h, w, channels) pixels, in the order of the layout, into their place; what lies beyond is cut off."""
+        (x, y), stride = corner_px, self.layout.stride
+        part = np.ascontiguousarray(pixels[: self.layout.height - y, : self.layout.width - x])
+        place = self.layout.offset + y * stride + x * len(self.layout.order)
+        if part.shape[1] == self.layout.width and stride == self.layout.row_bytes:
+            self._put(part, place)
+            return
+        for number, row in enumerate(part):
+            self._put(row, place + number * stride)
+
+    def _put(self, data: Pixels, place: int) -> None:
+        if os.pwrite(self._descriptor, data.reshape(-1).data, place) != data.nbytes:
+            raise OSError("the temporary file cannot be written")
 
     def close(self) -> None:
         """Closes the file."""

@@ -43,29 +43,33 @@ def spool(path: Path, size_px: tuple[int, int], alpha: bool) -> PixelRows:
     """
     layout = Layout(*size_px, "BGRA" if alpha else "BGR")
     size = layout.row_bytes * layout.height
-    with _room(path, size) as descriptor:
-        with mmap.mmap(descriptor, size) as memory:
-            fault = _decode(path, memory, layout)
-        if fault:
-            raise OSError(fault)
-        return PixelRows(os.dup(descriptor), layout)
+    descriptor = temporary_room(path, size)
+    with mmap.mmap(descriptor, size) as memory:
+        fault = _decode(path, memory, layout)
+    if fault:
+        os.close(descriptor)
+        raise OSError(fault)
+    return PixelRows(descriptor, layout)
 
 
-@contextmanager
-def _room(path: Path, size: int) -> Iterator[int]:
-    """A nameless file of ``size`` bytes in the temporary folder."""
+def temporary_room(path: Path, size: int) -> int:
+    """A nameless file of ``size`` bytes in the temporary folder, for the pixels of ``path``; its descriptor.
+
+    Raises:
+        UserError: the folder has no room.
+    """
     folder = tempfile.gettempdir()
     free = shutil.disk_usage(folder).free
     remedy = "Free some, or set the environment variable TMPDIR to a folder on a larger disk."
     needed = f"{path}: decoding it takes {size / 1e9:.1f} GB of temporary disk space in {folder}"
     if size + SPARE_BYTES > free:
         raise UserError(f"{needed}, where {free / 1e9:.1f} GB are free. {remedy}")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        try:
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
             _allocate(file.fileno(), size)
-        except OSError as error:
-            raise UserError(f"{needed}, which fails: {error.strerror}. {remedy}") from error
-        yield file.fileno()
+            return os.dup(file.fileno())
+    except OSError as error:
+        raise UserError(f"{needed}, which fails: {error.strerror}. {remedy}") from error
 
 
 def _allocate(descriptor: int, size: int) -> None:

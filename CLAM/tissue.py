@@ -36,8 +36,8 @@ MAX_OVERVIEW_SIDE_PX = 30_000
 AREA_UNIT_PX = 512
 """Areas are compared in units of a patch of this edge in level-0 px."""
 
-STRIP_ROWS = 4096
-"""Rows filtered at once, so that OpenCV's padded copy stays small."""
+STRIP_PX = 8_000_000
+"""Filtered at once, so that the copies of OpenCV and ours stay small."""
 
 Scale = tuple[float, float]
 
@@ -148,7 +148,8 @@ def tissue_mask(saturation: Pixels, params: SlideParams) -> Pixels:
         _filter_in_place(saturation, edge // 2, lambda strip: median_above(strip, edge, params.sthresh))
     if params.close > 0:
         kernel = np.ones((params.close, params.close), np.uint8)
-        cv2.morphologyEx(saturation, cv2.MORPH_CLOSE, kernel, dst=saturation)
+        # Dilation and erosion reach half a kernel each.
+        _filter_in_place(saturation, params.close, lambda strip: cv2.morphologyEx(strip, cv2.MORPH_CLOSE, kernel))
     return saturation
 
 
@@ -166,7 +167,7 @@ def median_above(image: Pixels, edge_px: int, threshold: int) -> Pixels:
 
 def _filter_in_place(image: Pixels, halo: int, function: Callable[[Pixels], Any]) -> None:
     """Applies a local filter strip by strip; each strip sees ``halo`` original rows of its neighbours."""
-    height, rows = image.shape[0], max(STRIP_ROWS, halo)
+    height, rows = image.shape[0], max(1, STRIP_PX // max(1, image.shape[1]), halo)
     above = image[:0].copy()
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
@@ -177,7 +178,7 @@ def _filter_in_place(image: Pixels, halo: int, function: Callable[[Pixels], Any]
 
 
 def find_tissue(scan: Scan, params: SlideParams) -> Tissue:
-    """Segments a scanned level and keeps the contours and holes that are large enough.
+    """Segments a scanned level and keeps the contours and holes that are large enough; empties ``scan.saturation``.
 
     Raises:
         UserError: keep_ids or exclude_ids names a contour that there is not.
@@ -185,6 +186,8 @@ def find_tissue(scan: Scan, params: SlideParams) -> Tissue:
     size = scan.saturation.size
     mask = tissue_mask(scan.saturation, params)
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    del mask
+    scan.saturation = scan.saturation[:0].copy()
     if not contours:
         return Tissue((), 0.0, _no_contour_hint(scan, params))
     pieces = _pieces(contours, np.asarray(hierarchy, np.int32)[0, :, 3])

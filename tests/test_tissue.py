@@ -72,9 +72,9 @@ def published_regions(saturation: np.ndarray, params: SlideParams, scale: tuple[
     ],
 )
 def test_regions_are_those_of_the_published_steps(seed, change, monkeypatch):
-    monkeypatch.setattr(tissue, "STRIP_ROWS", 37)
     params = replace(SlideParams(a_t=0.002, a_h=0.0005), **change)
     saturation, scale = blobs(seed), (4.003, 3.98)
+    monkeypatch.setattr(tissue, "STRIP_PX", 37 * saturation.shape[1])
     expected = published_regions(saturation, params, scale)
     found = find_tissue(scan_of(saturation, scale), params).regions
     assert len(found) == len(expected)
@@ -97,10 +97,11 @@ def test_median_above_equals_median_then_threshold(edge, threshold):
 
 @pytest.mark.parametrize("use_otsu", [True, False])
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
-def test_strips_leave_no_seam(rows, use_otsu, monkeypatch):
-    params = SlideParams(mthresh=9, use_otsu=use_otsu)
+@pytest.mark.parametrize("close", [1, 2, 4, 9, 30])
+def test_strips_leave_no_seam(close, rows, use_otsu, monkeypatch):
+    params = SlideParams(mthresh=9, use_otsu=use_otsu, close=close)
     whole = tissue_mask(blobs(7), params)
-    monkeypatch.setattr(tissue, "STRIP_ROWS", rows)
+    monkeypatch.setattr(tissue, "STRIP_PX", rows * whole.shape[1])
     np.testing.assert_array_equal(tissue_mask(blobs(7), params), whole)
 
 
