@@ -223,13 +223,21 @@ class FeatureFolder:
         Raises:
             UserError: unknown slide, or a damaged file.
         """
-        own = self.file(slide)
-        beside = [self.path / place / f"{slide}.h5" for place in ("h5_files", "patches")]
-        for file in (own, *(b for b in beside if b != own and b.is_file())):
+        for file in (self.file(slide), *self._beside(slide)):
             found = read_coords(file)
             if found is not None:
                 return found
         return None
+
+    def _beside(self, slide: str) -> list[Path]:
+        """Other files of a slide that may hold its coordinates."""
+        places = [self.path / place / f"{slide}.h5" for place in ("h5_files", "patches")]
+        return [place for place in places if place != self.file(slide) and place.is_file()]
+
+    def files(self, with_coordinates: bool = False) -> list[Path]:
+        """All files that are read, those that may hold coordinates too where these are asked for."""
+        beside = [file for slide in self.slides for file in self._beside(slide)] if with_coordinates else []
+        return [*self._files.values(), *beside]
 
     @property
     def width(self) -> int:

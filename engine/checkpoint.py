@@ -109,6 +109,7 @@ MAY_DIFFER = {
     "dataset_root",
     "dataset_sub_root",
     "dataset_test_root",
+    "stage_to",
     "csv_path",
     "h5_path",
     "h5_sub_path",

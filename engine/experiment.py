@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from typing import Any
 
@@ -17,13 +18,16 @@ from engine.dryrun import dry_run
 from engine.fold import FoldRun
 from engine.records import Records, environment, run_folder
 from engine.setup import Setup, build_model, check_processes, prepare
+from engine.staging import report_plan, staged
 from engine.tasks import Task
 from engine.testing import FoldResult
 from engine.trackers import fold_values, open_trackers, summary_values
 from utils.config import Config
 from utils.dist import Processes
+from utils.errors import UserError
 from utils.log import duration, set_up_logging
 from utils.seed import seed_all
+from utils.stop import RESTARTS
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +40,7 @@ def check(config: Config, processes: int = 1) -> None:
     """
     setup = prepare(config)
     show_cohort(setup)
+    report_plan(setup)
     check_processes(setup, processes)
     for fold in setup.cohort.folds:
         task = task_builder.build(config, setup.cohort, fold, processes)
@@ -58,17 +63,20 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
         UserError: for faults in what the user gave, before the first epoch wherever possible.
     """
     begin = time.perf_counter()
+    check_restarts(config)
     set_precision(config)
     setup = prepare(config)
     if config.run.script_mode != "test":
         check_processes(setup, processes.world)
     if config.run.dry_run:
+        report_plan(setup)
         dry_run(setup, processes)
         return {}
     records = open_records(config, processes)
     for note in notes:
         log.info("%s", note)
     show_cohort(setup)
+    setup = staged(setup, processes)
     results = []
     for fold in setup.cohort.folds:
         fold_run = FoldRun(setup, fold, processes, records)
@@ -89,6 +97,16 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
         log.info("Results are in %s (%s).", records.folder, duration(summary["seconds"]))
     records.tracker.finish()
     return summary
+
+
+def check_restarts(config: Config) -> None:
+    """Refuses ``--resume=never`` in a run that is started again when a process dies: it would begin anew each time."""
+    restarts = int(os.environ.get(RESTARTS, "0"))
+    if restarts and config.run.resume == "never":
+        raise UserError(
+            f"--resume=never with MAX_RESTARTS={restarts}: every restart would begin anew. Leave --resume=never out "
+            f"and give another --title, or remove {run_folder(config.run)} first."
+        )
 
 
 def set_precision(config: Config) -> None:

@@ -69,26 +69,35 @@ def check_paths(data: DataConfig, pixels: bool, faults: Faults) -> None:
     for root in (data.dataset_root, data.dataset_sub_root, data.dataset_test_root):
         if root and not Path(root).exists():
             faults.add(f"there is no {kind} {root}. {remedy}")
+    if data.stage_to and data.persistence:
+        faults.add(
+            "persistence reads all features into RAM once, so a copy for stage_to would be read once too: remove one "
+            "of the two"
+        )
     if not data.csv_path:
         faults.add("csv_path is not set: give --csv_path, a label csv or a folder of fold_<k>.csv")
     elif not Path(data.csv_path).exists():
         faults.add(f"there is no label file {data.csv_path}. Correct --csv_path")
 
 
-def open_sources(data: DataConfig, pixels: bool, positions: bool = False) -> Sources:
+def open_sources(
+    data: DataConfig, pixels: bool, positions: bool = False, places: Mapping[str, Path] | None = None
+) -> Sources:
     """Opens the stores or feature folders that the options name.
 
     Args:
         data: paths and options.
         pixels: stores of patches; otherwise features.
         positions: bags carry the grid positions of their instances.
+        places: copies to open in place of the paths in ``data``.
 
     Raises:
         UserError: for files that are no stores, and sizes that do not fit each other.
     """
     if data.dataset_sub_root and not data.mul_scale_input:
         log.info("dataset_sub_root is given but not read: bags have one magnification without --mul_scale_input.")
-    sources = _pixel_sources(data) if pixels else _feature_sources(data)
+    open_all = _pixel_sources if pixels else _feature_sources
+    sources = open_all(data, places or {})
     if positions:
         return _with_positions(sources, data)
     if data.h5_path or data.h5_sub_path:
@@ -179,9 +188,9 @@ def _on(source: Source, grid: Grid) -> Source:
     return dataclasses.replace(source, grid=grid)
 
 
-def _pixel_sources(data: DataConfig) -> Sources:
+def _pixel_sources(data: DataConfig, places: Mapping[str, Path]) -> Sources:
     train_roots, test_root = _roots(data)
-    stores = {root: _open_store(root) for root in dict.fromkeys([*train_roots, test_root])}
+    stores = {root: _open_store(places.get(root, Path(root))) for root in dict.fromkeys([*train_roots, test_root])}
     return Sources(
         train=tuple(PixelSource(stores[root], data.channel_order) for root in train_roots),
         test=PixelSource(stores[test_root], data.channel_order),
@@ -192,11 +201,11 @@ def _pixel_sources(data: DataConfig) -> Sources:
     )
 
 
-def _feature_sources(data: DataConfig) -> Sources:
+def _feature_sources(data: DataConfig, places: Mapping[str, Path]) -> Sources:
     from datasets.features import FeatureFolder  # h5py is needed for features only
 
     train_roots, test_root = _roots(data)
-    folders = {root: FeatureFolder(root) for root in dict.fromkeys([*train_roots, test_root])}
+    folders = {root: FeatureFolder(places.get(root, Path(root))) for root in dict.fromkeys([*train_roots, test_root])}
     widths = {root: folder.width for root, folder in folders.items()}
     if len(set(widths.values())) > 1:
         listing = ", ".join(f"{root}: {width}" for root, width in widths.items())
@@ -209,6 +218,27 @@ def _feature_sources(data: DataConfig) -> Sources:
         slides=_in_all({root: folder.counts for root, folder in folders.items()}, test_root),
         fingerprints={root: folder.fingerprint for root, folder in folders.items()},
     )
+
+
+def contents(data: DataConfig, sources: Sources, positions: bool) -> dict[str, list[tuple[Path, int]]]:
+    """The files behind each path of ``data`` that is read, each with how many of its first bytes hold data.
+
+    Args:
+        data: paths.
+        sources: what was opened from them.
+        positions: whether coordinates in files beside the features are read.
+    """
+    train_roots, test_root = _roots(data)
+    opened = dict(zip([*train_roots, test_root], [*sources.train, sources.test], strict=True))
+    found = {}
+    for root, source in opened.items():
+        if isinstance(source, PixelSource):
+            found[root] = list(zip(source.store.files, source.store.used_bytes, strict=True))
+            source.store.close()
+        elif isinstance(source, FeatureSource):
+            files = source.folder.files(with_coordinates=positions)
+            found[root] = [(file, file.stat().st_size) for file in files]
+    return found
 
 
 def _roots(data: DataConfig) -> tuple[list[str], str]:
@@ -229,8 +259,8 @@ def _in_all(counts: Mapping[str, Mapping[str, int]], test_root: str) -> Mapping[
     return {slide: n for slide, n in counts[test_root].items() if slide in common}
 
 
-def _open_store(root: str) -> PatchStore:
-    if not Path(root).exists():
+def _open_store(root: Path) -> PatchStore:
+    if not root.exists():
         raise UserError(f"there is no store {root}. Write one with CLAM/save_patches.py, or correct the path.")
     return PatchStore(root)
 

@@ -33,6 +33,11 @@ class DataConfig:
         None,
         "separate high-magnification store for validation and test; default: dataset_root, resized on the device",
     )
+    stage_to: str | None = option(
+        None,
+        "folder on a local disk to which the stores or features are copied before training, once per machine; a copy "
+        "that is there is used again, and stays",
+    )
     csv_path: str | None = option(None, "label csv, or folder of fold_<k>.csv")
     datasets: str = option("panda", "task key: panda, brca, nsclc, call, bio*, surv_*, or any name of your own")
     task: str = option(

@@ -26,16 +26,25 @@ class Processes:
         world: number of processes; 1 without torchrun.
         device: where this process computes.
         stop: whether somebody asked this process to stop.
+        local_rank: number of this process on its machine, from 0.
+        local_world: number of processes on this machine.
     """
 
     rank: int
     world: int
     device: torch.device
     stop: StopRequest = field(default_factory=StopRequest)
+    local_rank: int = 0
+    local_world: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def is_local_main(self) -> bool:
+        """Whether this process does what is done once per machine."""
+        return self.local_rank == 0
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks, in rank order, on every rank."""
@@ -96,7 +105,8 @@ def processes(device: str = "auto", timeout_minutes: int = 30) -> Iterator[Proce
             timeout=timedelta(minutes=timeout_minutes),
             device_id=place if cuda else None,
         )
-    own = Processes(rank, world, place)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    own = Processes(rank, world, place, local_rank=local_rank, local_world=local_world)
     with own.stop.listening():
         yield own
     if world > 1:  # not behind an exception: the peers would be waited for, and torchrun is about to end them

@@ -171,6 +171,17 @@ class PatchStore:
         text = "\n".join(f"{slide}\t{self.counts[slide]}" for slide in sorted(self.slides))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    @property
+    def used_bytes(self) -> list[int]:
+        """Bytes at the front of each file that hold data; a file that was made as long as its map has more."""
+        used = []
+        for number, file in enumerate(self.files):
+            with self._transaction(number):
+                env = self._envs[number]
+                pages = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+            used.append(min(pages, file.stat().st_size))
+        return used
+
     @contextmanager
     def transaction(self) -> Iterator[Any]:
         """A read transaction on a store of one file, for tools that look at its entries."""
