@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modules.encoder_weights import LoadReport, hub_or_cache, load_encoder_weights
 from modules.registry import UnknownNameError, encoders, register_encoder
+from modules.stem import has_standard_stem, run_with_stem
 from utils.errors import UserError, did_you_mean
 
 __all__ = ["Encoder", "LoadReport", "build_encoder", "load_encoder_weights"]
@@ -37,16 +38,21 @@ class Encoder(nn.Module):
         width: D.
         mean: per channel, on the scale 0 to 1.
         std: per channel, on the scale 0 to 1.
+
+    Attributes:
+        fused_stem: run the first layers of a ResNet as one operator where that can be done; False where the model
+            does not begin like one.
     """
 
     def __init__(self, model: nn.Module, width: int, mean: Channels, std: Channels) -> None:
         super().__init__()
         self.model = model
         self.width, self.mean, self.std = width, mean, std
+        self.fused_stem = has_standard_stem(model)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalised patches (P, 3, H, W) to features (P, D)."""
-        out = self.model(x)
+        out = run_with_stem(self.model, x) if self.fused_stem else self.model(x)
         return out[0].mean(dim=(-2, -1)) if isinstance(out, (list, tuple)) else out
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

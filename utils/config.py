@@ -207,6 +207,10 @@ class TrainConfig:
     mm: float = option(0.9997, "decay of the exponential moving average (EMA) of the weights")
     sync_bn: bool = option(False, "batch statistics over all processes")
     channels_last: bool = option(False, "channels-last memory format of the encoder")
+    fused_stem: bool = option(
+        True,
+        "run the first layers of a ResNet as one operator where that can be done: CUDA, channels_last, no sync_bn",
+    )
     torchcompile: bool = option(False, "compile the encoder")
     torchcompile_mode: str = option(
         "default", "what torch.compile optimises for", ("default", "reduce-overhead", "max-autotune")

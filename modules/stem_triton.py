@@ -1,0 +1,332 @@
+"""A ResNet's stem in training as torch operators: 7 x 7 convolution, BatchNorm, ReLU and 3 x 3 maximum, fused.
+
+``stem`` computes all four: the statistics are taken where the convolution's result z is made, one kernel makes the
+rest, and the backward pass never writes the gradient of z. ``norm_pool`` is the part behind the convolution,
+``stem_fixed`` is ``stem`` in evaluation.
+``modules.stem`` imports this file only where it can run. Figures: docs/decisions/resnet-stem.md.
+
+Shapes: P patches of H x W px, z is (P, C, A, B), y is (P, C, ceil(A / 2), ceil(B / 2)); all channels-last. The
+operators have a gradient, but no second one: asking for it is an error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from modules import stem_kernels as kernels
+
+LINE, LINES = 32, 8
+"""Numbers of a kernel row and rows of the kernel, as the matrix units take them."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a kernel divides its work: rows of a tile, tiles of a program, warps, loads in flight, kernel rows a step."""
+
+    rows: int
+    repeat: int
+    warps: int = 4
+    stages: int = 3
+    lines: int = 1
+
+    def options(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "REPEAT": self.repeat, "num_warps": self.warps, "num_stages": self.stages}
+
+
+TILES = {
+    "convolve": Tiles(128, 7),
+    "moments": Tiles(64, 28),
+    "pool": Tiles(8, 14, warps=2),
+    "reduce": Tiles(16, 49),
+    "spread": Tiles(16, 14),
+    "weights": Tiles(32, 98, warps=8),
+}
+"""Fastest tiles of every kernel, measured on an H100."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """BatchNorm of one batch: mean and biased variance, and its parameters, all (C,) float32."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+@torch.library.custom_op(
+    "abmilx::stem",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def stem(
+    x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``max_pool2d(relu(batch_norm(conv2d(x, w, stride=2, padding=3))), 3, 2, 1)``, with the batch's own statistics.
+
+    Args:
+        x: (P, 3, H, W), channels-last, finite; no gradient is made for it.
+        w: (C, 3, 7, 7), rounded to the type of ``x``; C a power of two, 16 to 128.
+        weight: (C,) float32, contiguous, of BatchNorm.
+        bias: (C,), likewise.
+        eps: of BatchNorm.
+
+    Returns:
+        y; mean and biased variance (C,) float32 of z; z; and the places of the maxima, uint8, shaped as y.
+    """
+    z, means, squares = convolve(x, w)
+    mean, var = merge(means, squares, z, TILES["convolve"])
+    y, where = pool(z, Norm(mean, var, weight, bias, eps))
+    return y, mean, var, z, where
+
+
+@torch.library.custom_op(
+    "abmilx::stem_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor z, Tensor places, Tensor mean, Tensor var, Tensor weight, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def stem_backward(
+    grad: Tensor, x: Tensor, z: Tensor, places: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``stem`` in w (float32), weight and bias, from that in y."""
+    norm = Norm(mean, var, weight, weight, eps)
+    total, product = reduce_gradient(grad, places, z, norm)
+    return weight_gradient(x, (grad, places, z), norm, (total, product)), product, total
+
+
+@torch.library.custom_op(
+    "abmilx::norm_pool",
+    mutates_args=(),
+    schema="(Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def norm_pool(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``stem`` behind its convolution: y, mean, variance and places from z, which may be float32 too."""
+    mean, var = merge(*moments(z), z, TILES["moments"])
+    y, where = pool(z, Norm(mean, var, weight, bias, eps))
+    return y, mean, var, where
+
+
+@torch.library.custom_op(
+    "abmilx::norm_pool_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor z, Tensor places, Tensor mean, Tensor var, Tensor weight, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def norm_pool_backward(
+    grad: Tensor, z: Tensor, places: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``norm_pool`` in z, weight and bias, from that in y."""
+    norm = Norm(mean, var, weight, weight, eps)
+    total, product = reduce_gradient(grad, places, z, norm)
+    return spread_gradient(grad, places, z, norm, (total, product)), product, total
+
+
+@torch.library.custom_op(
+    "abmilx::stem_fixed",
+    mutates_args=(),
+    schema="(Tensor x, Tensor w, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps) -> Tensor",
+)
+def stem_fixed(x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """The y of ``stem`` with given statistics. It has no gradient."""
+    return pool(convolve(x, w)[0], Norm(mean, var, weight, bias, eps))[0]
+
+
+@stem_fixed.register_fake
+def _(x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return _pooled(_convolved(x, w), x.dtype)
+
+
+def _pooled(z: Tensor, dtype: torch.dtype) -> Tensor:
+    count, channels, height, width = z.shape
+    shape = count, channels, (height + 1) // 2, (width + 1) // 2
+    return z.new_empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+@norm_pool.register_fake
+def _(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _pooled(z, z.dtype), torch.empty_like(weight), torch.empty_like(weight), _pooled(z, torch.uint8)
+
+
+@norm_pool_backward.register_fake
+def _(
+    grad: Tensor, z: Tensor, places: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(z), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@stem.register_fake
+def _(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    z = _convolved(x, w)
+    return _pooled(z, z.dtype), torch.empty_like(weight), torch.empty_like(weight), z, _pooled(z, torch.uint8)
+
+
+@stem_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, z: Tensor, places: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    w = torch.empty_like(weight).new_empty((len(weight), 3, 7, 7))
+    return w, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w, weight, _, ctx.eps = inputs
+    _, mean, var, z, where = output
+    ctx.type = w.dtype
+    # Else autograd makes zeros for the outputs that nobody differentiates, z among them.
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, z, where, mean, var, weight)
+
+
+def _differentiate_stem(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    w, weight, bias = stem_backward(grad, *ctx.saved_tensors, ctx.eps)
+    return None, w.to(ctx.type), weight, bias, None
+
+
+def _save_norm_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    z, weight, _, ctx.eps = inputs
+    _, mean, var, where = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(z, where, mean, var, weight)
+
+
+def _differentiate_norm_pool(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    return *norm_pool_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+stem.register_autograd(_differentiate_stem, setup_context=_save_stem)
+norm_pool.register_autograd(_differentiate_norm_pool, setup_context=_save_norm_pool)
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def _convolved(x: Tensor, w: Tensor) -> Tensor:
+    shape = x.shape[0], w.shape[0], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
+    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def _programs(z: Tensor, size: int, tiles: Tiles) -> int:
+    return z.shape[0] * triton.cdiv(size, tiles.rows * tiles.repeat)
+
+
+def _fours(z: Tensor) -> int:
+    return ((z.shape[2] + 1) // 2) * ((z.shape[3] + 1) // 2)
+
+
+def packed(w: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights (C, 3, 7, 7) as the matrix (8 * 32, C) that the kernels take; its rows: kernel row, column, colour."""
+    lines = w.to(dtype).permute(2, 3, 1, 0).reshape(7, 21, len(w))
+    return torch.nn.functional.pad(lines, (0, 0, 1, LINE - 22, 0, LINES - 7)).reshape(LINES * LINE, len(w))
+
+
+def unpacked(matrix: Tensor) -> Tensor:
+    """(C, 8 * 32) as a kernel (C, 3, 7, 7)."""
+    lines = matrix.view(len(matrix), LINES, LINE)[:, :7, 1:22]
+    return lines.reshape(len(matrix), 7, 7, 3).permute(0, 3, 1, 2).contiguous()
+
+
+def convolve(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z, and mean and sum of squared deviations of every program's pixels, (programs, C) each."""
+    tiles = TILES["convolve"]
+    z = _convolved(x, w)
+    programs, channels = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1]
+    means, squares = x.new_empty((2, programs, channels), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        kernels.convolve[(programs,)](
+            *(x, packed(w, x.dtype), z, means, squares),
+            *(*x.shape[2:], channels),
+            **(tiles.options() | {"LINES": tiles.lines, "PRECISION": _precision(x)}),
+        )
+    return z, means, squares
+
+
+def moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sum of squared deviations of every program's pixels, (programs, C) each."""
+    tiles = TILES["moments"]
+    size, channels = z.shape[2] * z.shape[3], z.shape[1]
+    programs = _programs(z, size, tiles)
+    means, squares = z.new_empty((2, programs, channels), dtype=torch.float32)
+    with torch.cuda.device_of(z):
+        kernels.moments[(programs,)](z, means, squares, size, channels, **tiles.options())
+    return means, squares
+
+
+def merge(means: Tensor, squares: Tensor, z: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of z from those of its parts (Chan, Golub, LeVeque, 1983)."""
+    size, part = z.shape[2] * z.shape[3], tiles.rows * tiles.repeat
+    strips = triton.cdiv(size, part)
+    counts = (size - part * torch.arange(strips, device=z.device)).clamp(max=part).double()[:, None]
+    own = means.view(-1, strips, z.shape[1]).double()
+    mean = (own * counts).sum((0, 1)) / (len(z) * size)
+    var = (squares.view_as(own) + counts * (own - mean) ** 2).sum((0, 1)) / (len(z) * size)
+    return mean.float(), var.float()
+
+
+def pool(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """The maxima y and their places, for given statistics."""
+    tiles = TILES["pool"]
+    y, where = _pooled(z, z.dtype), _pooled(z, torch.uint8)
+    programs = len(z) * triton.cdiv(y.shape[2], tiles.repeat) * triton.cdiv(y.shape[3], tiles.rows)
+    with torch.cuda.device_of(z):
+        kernels.pool[(programs,)](
+            *(z, norm.mean, norm.var, norm.weight, norm.bias, y, where, norm.eps),
+            *(*z.shape[2:], z.shape[1]),
+            **tiles.options(),
+        )
+    return y, where
+
+
+def reduce_gradient(grad: Tensor, where: Tensor, z: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Sums over all pixels of the gradient d behind ReLU and of d x^: (C,) each."""
+    tiles = TILES["reduce"]
+    programs, channels = _programs(z, _fours(z), tiles), z.shape[1]
+    parts = z.new_empty((2, programs, channels), dtype=torch.float32)
+    with torch.cuda.device_of(z):
+        kernels.reduce_gradient[(programs,)](
+            *(grad, where, z, norm.mean, norm.var, *parts, norm.eps),
+            *(*z.shape[2:], channels),
+            **tiles.options(),
+        )
+    return parts[0].sum(0), parts[1].sum(0)
+
+
+def spread_gradient(grad: Tensor, where: Tensor, z: Tensor, norm: Norm, sums: tuple[Tensor, Tensor]) -> Tensor:
+    """The gradient of z, from the sums of ``reduce_gradient``."""
+    tiles = TILES["spread"]
+    dz, channels, count = torch.empty_like(z), z.shape[1], z.numel() // z.shape[1]
+    with torch.cuda.device_of(z):
+        kernels.spread_gradient[(_programs(z, _fours(z), tiles),)](
+            *(grad, where, z, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, dz, norm.eps),
+            *(*z.shape[2:], channels),
+            **tiles.options(),
+        )
+    return dz
+
+
+def weight_gradient(x: Tensor, maps: tuple[Tensor, Tensor, Tensor], norm: Norm, sums: tuple[Tensor, Tensor]) -> Tensor:
+    """Gradient of the convolution's kernel (C, 3, 7, 7), float32; ``maps`` are the gradient of y, the places, and z."""
+    tiles = TILES["weights"]
+    z = maps[2]
+    programs, channels, count = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1], z.numel() // z.shape[1]
+    parts = x.new_empty((programs, channels, LINES * LINE), dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        kernels.weight_gradient[(programs,)](
+            *(x, *maps, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, parts, norm.eps),
+            *(*x.shape[2:], channels),
+            **(tiles.options() | {"PRECISION": _precision(x)}),
+        )
+    return unpacked(parts.sum(0))

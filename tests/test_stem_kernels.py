@@ -1,0 +1,188 @@
+"""The fused stem of a ResNet: its kernels in Triton's interpreter, on the CPU, against the four plain modules."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+ROOT = Path(__file__).parents[1]
+SIZES = ((14, 14), (10, 12), (16, 20), (7, 9), (1, 3))
+LAST = torch.channels_last
+
+
+def patches(height: int, width: int, count: int = 2) -> Tensor:
+    """With a mean far from zero and a deviation far from one."""
+    return (torch.randn(count, 3, height, width) * 0.3 + 4).contiguous(memory_format=LAST)
+
+
+def layers(channels: int = 16) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    conv = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
+    norm = nn.BatchNorm2d(channels)
+    nn.init.normal_(norm.weight)  # of both signs
+    nn.init.normal_(norm.bias)
+    with torch.no_grad():
+        norm.bias[:3] = -10  # windows without anything positive
+    return conv, norm
+
+
+def plain(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    return functional.max_pool2d(functional.relu(norm(conv(x))), 3, 2, 1)
+
+
+def outcome(run, x: Tensor, conv: nn.Module, norm: nn.Module) -> list[Tensor]:  # type: ignore[no-untyped-def]
+    """Values, gradients of the parameters for a certain gradient of y, running statistics."""
+    y = run(conv, norm, x)
+    generator = torch.Generator().manual_seed(1)
+    y.backward(torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype))
+    gradients = [p.grad for p in (*conv.parameters(), *norm.parameters())]
+    return [y.detach(), *gradients, *norm.buffers()]
+
+
+def close(got: list[Tensor], want: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert a.shape == b.shape
+        assert (a.double() - b.double()).norm() <= tolerance * (b.double().norm() + 1e-3)
+
+
+def whole_stem_equals_the_plain_modules(ops) -> None:  # type: ignore[no-untyped-def]
+    for height, width in SIZES:
+        x, (conv, norm) = patches(height, width), layers()
+        exact = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
+
+        def fused(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+            y, mean, var, *_ = ops.stem(x, conv.weight, norm.weight, norm.bias, norm.eps)
+            count = y.new_tensor(x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2))
+            norm.num_batches_tracked.add_(1)
+            norm.running_mean.lerp_(mean.detach(), 0.1)
+            norm.running_var.lerp_(var.detach() * count / (count - 1), 0.1)
+            return y
+
+        close(outcome(fused, x, conv, norm), outcome(plain, x.double(), *exact), 2e-5)
+
+
+def norm_and_pool_have_the_gradient_of_the_plain_modules(ops) -> None:  # type: ignore[no-untyped-def]
+    for size in ((7, 7), (5, 6), (8, 10)):
+        _, norm = layers()
+        z = (torch.randn(3, 16, *size) + 2).contiguous(memory_format=LAST).requires_grad_()
+        exact, double = copy.deepcopy(norm).double(), z.detach().double().requires_grad_()
+        y = ops.norm_pool(z, norm.weight, norm.bias, norm.eps)[0]
+        want = functional.max_pool2d(functional.relu(exact(double)), 3, 2, 1)
+        slope = torch.randn_like(y)
+        got = torch.autograd.grad(y, [z, norm.weight, norm.bias], slope)
+        close([y, *got], [want, *torch.autograd.grad(want, [double, *exact.parameters()], slope.double())], 1e-5)
+
+
+def ties_go_to_the_first_maximum(ops) -> None:  # type: ignore[no-untyped-def]
+    """Few different values in half precision: nearly every window has several maxima."""
+    for dtype in (torch.bfloat16, torch.float16):
+        z = torch.randint(0, 3, (2, 16, 9, 8)).to(dtype).contiguous(memory_format=LAST)
+        weight, bias = torch.ones(16), torch.zeros(16)
+        y, _, _, where = ops.norm_pool(z, weight, bias, 1e-5)
+        normed = functional.relu(functional.batch_norm(z, None, None, weight, bias, training=True))
+        want, flat = functional.max_pool2d(normed, 3, 2, 1, return_indices=True)
+        torch.testing.assert_close(y, want)
+        rows, cols = flat // 8, flat % 8
+        i, j = torch.arange(5)[:, None], torch.arange(4)[None, :]
+        place = torch.where(want > 0, (rows - 2 * i + 1) * 3 + cols - 2 * j + 1, 9)
+        assert torch.equal(where.long(), place)
+
+
+def what_is_not_a_number_stays_visible(ops) -> None:  # type: ignore[no-untyped-def]
+    z = torch.randn(1, 16, 8, 8).contiguous(memory_format=LAST)
+    z[0, 5, 3, 3] = torch.nan
+    y, *_ = ops.norm_pool(z, torch.ones(16), torch.zeros(16), 1e-5)
+    assert torch.equal(y.isnan().flatten(2).any(-1)[0], torch.arange(16) == 5)
+
+
+def module_switches_between_fused_and_plain() -> None:
+    """``run_with_stem``: training, evaluation, autocast, recomputing, compiled; values of the plain path."""
+    from modules import stem
+    from modules.encoders import build_encoder
+    from modules.model import frozen_statistics
+
+    encoder = build_encoder("r18", pretrained=False, out_indices=(1,))
+    reference = copy.deepcopy(encoder)
+    assert encoder.fused_stem
+    reference.fused_stem = False
+    x, calls = patches(32, 32), []
+    inner = stem.fused_stem
+    stem.fused_stem = lambda *a: calls.append(inner(*a)) or calls[-1]
+
+    def gradients(model: nn.Module, features: Tensor) -> list[Tensor]:
+        model.zero_grad()
+        features.square().sum().backward()
+        return [features.detach(), *(p.grad.clone() for p in model.parameters()), *model.buffers()]
+
+    want = gradients(reference, reference(x))
+    stem._takes = lambda norm, x: False
+    close(gradients(encoder, encoder(x)), want, 1e-6)
+    assert calls.pop() is None
+    stem._takes = lambda norm, x: x.is_contiguous(memory_format=LAST)
+    close(gradients(encoder, encoder(x)), gradients(reference, reference(x)), 1e-4)
+    assert calls.pop() is not None
+
+    def again(x: Tensor) -> Tensor:
+        return checkpoint(encoder, x, use_reentrant=False, context_fn=lambda: (_nothing(), frozen_statistics(encoder)))
+
+    with torch.autocast("cpu", torch.float16):
+        want = gradients(reference, reference(x))
+        close(gradients(encoder, again(x)), want, 0.05)
+        assert calls[-1].dtype == torch.float16
+    compiled = torch.compile(encoder, backend="aot_eager", fullgraph=True)
+    stem.fused_stem = inner
+    with torch.autocast("cpu", torch.float16):
+        close(gradients(encoder, compiled(x)), gradients(reference, reference(x)), 0.05)
+    encoder.eval(), reference.eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        close([encoder(x)], [reference(x)], 0.02)
+    assert list(encoder.state_dict()) == list(reference.state_dict())
+
+
+def _nothing():  # type: ignore[no-untyped-def]
+    import contextlib
+
+    return contextlib.nullcontext()
+
+
+def check_all() -> None:
+    sys.path.insert(0, str(ROOT / "tests"))
+    from test_abmilx_kernels import mend_interpreter
+
+    mend_interpreter()
+    from modules import stem_triton
+
+    for name in stem_triton.TILES:
+        stem_triton.TILES[name] = stem_triton.Tiles(16, 3, lines=2)
+    torch.manual_seed(0)
+    whole_stem_equals_the_plain_modules(torch.ops.abmilx)
+    norm_and_pool_have_the_gradient_of_the_plain_modules(torch.ops.abmilx)
+    ties_go_to_the_first_maximum(torch.ops.abmilx)
+    what_is_not_a_number_stays_visible(torch.ops.abmilx)
+    module_switches_between_fused_and_plain()
+
+
+@pytest.mark.parametrize("what", ["all"])
+def test_kernels_and_gradients_equal_the_plain_modules(what: str) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    # The variable is read when a kernel is defined, so an interpreter of its own.
+    done = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+if __name__ == "__main__":
+    check_all()
