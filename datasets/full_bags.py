@@ -166,7 +166,7 @@ def read_part(bags: TrainBags, keys: Keys, begin: int, end: int) -> Bags:
 def full_bag_batches(
     bags: TrainBags, stream: TrainStream, options: LoaderOptions, plan: ChunkPlan
 ) -> Iterator[FullBags]:
-    """The batches of ``stream``; each must have handed on all its patches before the next one is asked for.
+    """The batches of ``stream``; patches that a batch still holds when the next one is asked for are passed over.
 
     Reading processes live as long as the iterator, and read ahead into the second pass and the next batch.
     """
@@ -187,7 +187,10 @@ def full_bag_batches(
     largest = sum(sizes[: stream.batch_size])
     parts = timed(loader) if ring is None else emptied(timed(loader), ring)
     for described in parts:
-        yield _full(described, parts, plan, min(plan.keep, largest), _side_px(bags))
+        full = _full(described, parts, plan, min(plan.keep, largest), _side_px(bags))
+        yield full
+        for _ in full.parts:  # what nobody asked for
+            pass
 
 
 def timed(parts: Iterable[Bags]) -> Iterator[Bags]:
@@ -217,14 +220,16 @@ def rehearsal(bags: TrainBags, keys: Keys, plan: ChunkPlan) -> tuple[FullBags, f
     first = read_part(bags, keys, *spans[0])  # no part is larger
     seconds = (time.perf_counter() - begin) / spans[0][1] * plan.read(count)
     parts = [dataclasses.replace(first, instances=first.instances[: end - begin]) for begin, end in spans]
-    full = _full(described, itertools.cycle(parts), plan, min(plan.keep, count), _side_px(bags))
-    return full, seconds
+    full = _full(described, iter(()), plan, min(plan.keep, count), _side_px(bags))
+    return dataclasses.replace(full, parts=itertools.cycle(parts)), seconds
 
 
 def _full(described: Bags, parts: Iterator[Bags], plan: ChunkPlan, room: int, side_px: int) -> FullBags:
-    chunks = plan.sizes(sum(described.sizes))
+    count = sum(described.sizes)
+    chunks, spans = plan.sizes(count), sum(1 for _ in plan.spans(count))
     own = {f.name: getattr(described, f.name) for f in dataclasses.fields(Bags) if f.name != "waited"}
-    return FullBags(**own, chunks=chunks, kept=plan.kept(chunks), room=room, side_px=side_px, parts=parts)
+    its_parts = itertools.islice(parts, spans)
+    return FullBags(**own, chunks=chunks, kept=plan.kept(chunks), room=room, side_px=side_px, parts=its_parts)
 
 
 def _side_px(bags: TrainBags) -> int:

@@ -1,0 +1,393 @@
+"""Full bags: the step in two passes has the gradient of the plain step, in memory for one encoder call."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from timm.layers import DropPath
+from tiny import SIDE_PX, write_store
+from torch import Tensor, nn
+
+import modules.heads  # noqa: F401  (fills the registry)
+from datasets.bags import PixelSource, SamplingPlan, TrainBags
+from datasets.full_bags import ChunkPlan, FullBags, full_bag_batches, rehearsal
+from datasets.labels import Sample
+from datasets.loaders import LoaderOptions, TrainStream
+from datasets.positions import Grid
+from datasets.store import PatchStore
+from datasets.views import Renderer, ViewPlan
+from engine.full_bag import FullBagLearner, average_gradients
+from engine.learner import Learner
+from engine.tasks import ClassificationTask, SurvivalTask, Task
+from modules.heads import build_mil
+from modules.model import SlideModel
+from modules.registry import mils
+from utils.config import ModelConfig, TrainConfig
+from utils.dist import Processes
+
+COUNTS = {"a": 13, "b": 9, "c": 17, "d": 4}
+CHUNK, CROP_PX, WIDTH = 5, 12, 6
+CLASSES = ClassificationTask(("x", "y"), "auc")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[PatchStore, PatchStore]:
+    """Low and high magnification."""
+    folder = tmp_path_factory.mktemp("stores")
+    labels = {slide: i % 2 for i, slide in enumerate(COUNTS)}
+    write_store(folder / "low.lmdb", labels, {s: 1 + n // 3 for s, n in COUNTS.items()}, seed=1)
+    write_store(folder / "high.lmdb", labels, COUNTS, seed=2)
+    return PatchStore(folder / "low.lmdb"), PatchStore(folder / "high.lmdb")
+
+
+class Pool(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
+def encoder(norm: nn.Module, *noise: nn.Module) -> nn.Module:
+    """Patches (P, 3, 12, 12) to (P, 6), always the same weights."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.GELU(), *noise, nn.Conv2d(4, WIDTH, 3), nn.GELU(), Pool())
+
+
+def batch_norm_in_evaluation_mode() -> nn.Module:
+    norm = nn.BatchNorm2d(4).eval()
+    norm.train = lambda mode=True: norm  # type: ignore[method-assign]
+    norm.running_mean += 0.3  # type: ignore[operator]
+    return norm
+
+
+NORMS = {"group norm": lambda: nn.GroupNorm(2, 4), "fixed batch norm": batch_norm_in_evaluation_mode}
+
+
+def bags_of(stores: Sequence[PatchStore], positions: bool = False) -> TrainBags:
+    grids = [Grid(store, stores[-1]) if positions else None for store in stores]
+    sources = [PixelSource(store, grid=grid) for store, grid in zip(stores, grids, strict=True)]
+    samples = [Sample(s, s, (s,), {"label": i % 2, "event": i % 3 % 2, "time": float(i)}) for i, s in enumerate(COUNTS)]
+    return TrainBags(samples, sources, SamplingPlan(0), ViewPlan("strong_v2", 0.2, SIDE_PX, CROP_PX), seed=3)
+
+
+def learner_of(kind: type[Learner], trunk: nn.Module, head: str = "abmilx", **more: Any) -> Learner:
+    """A learner in float64 with its model in training mode; the same seed gives the same weights."""
+    task: Task = more.pop("task", CLASSES)
+    dtype, chunk = more.pop("dtype", torch.float64), more.pop("chunk", CHUNK)
+    processes = Processes(0, more.pop("world", 1), more.pop("device", CPU))
+    frozen, dropout = more.pop("frozen", False), more.pop("dropout", 0.0)
+    options = ModelConfig(inner_dim=8, n_heads=2, n_layers=1, act="gelu", dropout=dropout, mil_norm="bn")
+    torch.manual_seed(0)
+    model = SlideModel(build_mil(head, WIDTH, task.outputs, options), trunk, chunk, frozen)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.5)
+    renderer = Renderer(CROP_PX, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), dtype=dtype)
+    train = TrainConfig(**{"mm": 0.9, **more})
+    learner = kind(model.to(processes.device, dtype), task, renderer, train, processes, with_ema=True)
+    learner.model.train()
+    return learner
+
+
+def full(bags: TrainBags, batch: int, keep: int = 11, workers: int = 0, **plan: Any) -> Iterator[FullBags]:
+    stream = TrainStream(len(COUNTS), batch, seed=1, epochs=(0, 2))
+    return full_bag_batches(bags, stream, LoaderOptions(workers), ChunkPlan(CHUNK, keep, **plan))
+
+
+def steps(learner: Learner, bags: TrainBags, batch: int, count: int = 1, **more: Any) -> list[Tensor]:
+    """Losses of the first steps, of which every two share an update; gradients and weights are the learner's."""
+    stream = TrainStream(len(COUNTS), batch, seed=1, epochs=(0, 2))
+    batches = full(bags, batch, **more) if isinstance(learner, FullBagLearner) else (bags[keys] for keys in stream)
+    losses = []
+    for number, one in enumerate(itertools.islice(batches, count)):
+        torch.manual_seed(number)
+        losses.append(learner.step(one, divide_by=2, update=number % 2 == 1))
+    return losses
+
+
+def gradients(learner: Learner) -> dict[str, Tensor | None]:
+    return {name: p.grad for name, p in learner.model.named_parameters()}
+
+
+def assert_equal_gradients(one: Learner, other: Learner, tolerance: float = 1e-10) -> None:
+    ours, theirs = gradients(one), gradients(other)
+    largest = max(float(g.abs().max()) for g in theirs.values() if g is not None)
+    assert largest > 1e-3
+    for name, gradient in theirs.items():
+        own = ours[name]
+        assert (own is None) == (gradient is None), name
+        if own is not None and gradient is not None:
+            torch.testing.assert_close(
+                own, gradient, rtol=0, atol=tolerance * largest, msg=lambda m, n=name: f"{n}: {m}"
+            )
+
+
+# Exactness
+
+
+@pytest.mark.parametrize("keep", [0, 11, 10_000])
+@pytest.mark.parametrize(("scales", "batch"), [(1, 1), (2, 3)])
+@pytest.mark.parametrize("norm", NORMS)
+def test_gradient_is_that_of_one_big_batch(stores, norm: str, scales: int, batch: int, keep: int) -> None:
+    """Without statistics of chunks: plain autograd through one encoder call on all patches of all bags."""
+    bags = bags_of(stores[-scales:])
+    plain = learner_of(Learner, encoder(NORMS[norm]()), chunk=10_000)
+    ours = learner_of(FullBagLearner, encoder(NORMS[norm]()))
+    assert torch.equal(steps(plain, bags, batch)[0], steps(ours, bags, batch, keep=keep)[0])
+    assert_equal_gradients(ours, plain)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_statistics_are_those_of_a_chunk_and_advance_once(stores, batch: int) -> None:
+    bags, noise = bags_of(stores), (nn.Dropout(0.3), DropPath(0.4))
+    plain = learner_of(Learner, encoder(nn.BatchNorm2d(4), *noise), dropout=0.4)
+    ours = learner_of(FullBagLearner, encoder(nn.BatchNorm2d(4), *noise), dropout=0.4)
+    assert torch.equal(steps(plain, bags, batch)[0], steps(ours, bags, batch)[0])
+    assert_equal_gradients(ours, plain)
+    for (name, own), (_, theirs) in zip(ours.model.named_buffers(), plain.model.named_buffers(), strict=True):
+        assert torch.equal(own, theirs), name
+    patches = sum(next(full(bags, batch)).sizes)
+    assert int(ours.model.encoder[1].num_batches_tracked) == -(-patches // CHUNK)  # type: ignore[index,union-attr]
+
+
+def test_dropout_of_the_encoder_is_drawn_anew_in_every_step_and_replayed_in_the_second_pass(stores) -> None:
+    """The second pass must see the masks of the first: with others, this gradient would not be that of the loss."""
+    ours = learner_of(FullBagLearner, encoder(nn.Identity(), nn.Dropout(0.5)))
+    seen: list[Tensor] = []
+    ours.model.encoder.register_forward_hook(lambda m, i, out: seen.append(out.detach().clone()))  # type: ignore
+    steps(ours, bags_of(stores), 1)
+    chunks = (len(seen) + 1) // 2
+    assert chunks > 2
+    assert all(torch.equal(a, b) for a, b in zip(seen[: chunks - 1], seen[chunks:], strict=True))
+    generator = torch.get_rng_state()
+    steps(ours, bags_of(stores), 1)
+    assert torch.equal(generator, torch.get_rng_state())
+    assert not torch.equal(seen[0], learner_output_with_other_seed(stores))
+
+
+def learner_output_with_other_seed(stores) -> Tensor:
+    ours = learner_of(FullBagLearner, encoder(nn.Identity(), nn.Dropout(0.5)))
+    seen: list[Tensor] = []
+    ours.model.encoder.register_forward_hook(lambda m, i, out: seen.append(out.detach().clone()))  # type: ignore
+    torch.manual_seed(99)
+    ours.step(next(full(bags_of(stores), 1)), divide_by=1, update=False)
+    return seen[0]
+
+
+@pytest.mark.parametrize("head", mils.names())
+def test_every_head_has_the_plain_step_s_gradient(stores, head: str) -> None:
+    """Heads with an auxiliary loss, with positions, with random numbers of their own; bags of unequal length."""
+    bags = bags_of(stores, positions=head == "2dmamba")
+    pair = [
+        learner_of(kind, encoder(nn.BatchNorm2d(4)), head, dtype=torch.float32, dropout=0.2)
+        for kind in (FullBagLearner, Learner)
+    ]
+    losses = [steps(learner, bags, 2)[0] for learner in pair]
+    torch.testing.assert_close(*losses)
+    assert (pair[0].aux_loss is None) == (pair[1].aux_loss is None)
+    assert_equal_gradients(pair[0], pair[1], tolerance=2e-5)
+
+
+@pytest.mark.parametrize("task", [CLASSES, SurvivalTask(4)], ids=lambda task: task.name)
+def test_accumulated_clipped_updates_and_their_average_are_the_plain_ones(stores, task: Task) -> None:
+    bags, more = bags_of(stores), {"task": task, "clip_grad": 0.1, "lr": 1e-2}
+    plain = learner_of(Learner, encoder(nn.BatchNorm2d(4)), **more)
+    ours = learner_of(FullBagLearner, encoder(nn.BatchNorm2d(4)), **more)
+    torch.testing.assert_close(steps(plain, bags, 1, count=5), steps(ours, bags, 1, count=5), rtol=1e-6, atol=0)
+    assert plain.grad_norm is not None
+    torch.testing.assert_close(ours.grad_norm, plain.grad_norm)
+    for name in ("main", "ema"):
+        theirs = plain.weights()[name].state_dict()
+        for key, value in ours.weights()[name].state_dict().items():
+            torch.testing.assert_close(value, theirs[key], rtol=1e-6, atol=1e-8)
+    assert_equal_gradients(ours, plain, tolerance=1e-6)
+
+
+def test_scaled_losses_give_the_same_update(stores) -> None:
+    updated = []
+    for scale in (None, 2.0**14):
+        ours = learner_of(FullBagLearner, encoder(nn.BatchNorm2d(4)), clip_grad=0.1, lr=1e-2)
+        if scale is not None:
+            ours.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        steps(ours, bags_of(stores), 1, count=4)
+        updated.append(ours.model.state_dict())
+    for key, value in updated[0].items():
+        torch.testing.assert_close(updated[1][key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_mixed_precision_is_that_of_the_plain_step(stores) -> None:
+    bags, more = bags_of(stores), {"dtype": torch.float32, "amp": True}
+    plain = learner_of(Learner, encoder(nn.BatchNorm2d(4)), **more)
+    ours = learner_of(FullBagLearner, encoder(nn.BatchNorm2d(4)), **more)
+    assert ours.precision.dtype == torch.bfloat16
+    torch.testing.assert_close(steps(plain, bags, 2), steps(ours, bags, 2))
+    assert_equal_gradients(ours, plain, tolerance=1e-2)
+
+
+def test_a_frozen_encoder_is_called_once_per_chunk(stores) -> None:
+    bags, calls = bags_of(stores), []
+    plain = learner_of(Learner, encoder(nn.BatchNorm2d(4)), frozen=True)
+    ours = learner_of(FullBagLearner, encoder(nn.BatchNorm2d(4)), frozen=True)
+    ours.model.encoder.register_forward_hook(lambda m, inputs, out: calls.append(len(out)))  # type: ignore
+    steps(plain, bags, 2)
+    steps(ours, bags, 2, keep=0, twice=False)
+    assert_equal_gradients(ours, plain)
+    assert calls == next(full(bags, 2)).chunks
+
+
+# Memory and exchange between processes
+
+
+class Live:
+    """Numbers in the encoder's activations that graphs hold, now and at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def pack(self, tensor: Tensor) -> Any:
+        if tensor.dim() != 4 or tensor.shape[-1] not in (CROP_PX, CROP_PX - 2, CROP_PX - 4):
+            return tensor
+        copy, size = tensor.detach().clone(), tensor.numel()  # one that nobody else holds
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(copy, self._gone, size)
+        return copy
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def most_activations(kind: type[Learner], bags: TrainBags, batch: int) -> int:
+    live, learner = Live(), learner_of(kind, encoder(nn.BatchNorm2d(4)))
+    with torch.autograd.graph.saved_tensors_hooks(live.pack, lambda tensor: tensor):
+        steps(learner, bags, batch)
+    assert live.now == 0
+    return live.most
+
+
+def test_activations_are_those_of_one_chunk_whatever_the_bag(stores) -> None:
+    bags, one_call = bags_of(stores), Live()
+    with torch.autograd.graph.saved_tensors_hooks(one_call.pack, lambda tensor: tensor):
+        encoder(nn.BatchNorm2d(4))(torch.randn(CHUNK, 3, CROP_PX, CROP_PX)).sum().backward()
+    assert most_activations(FullBagLearner, bags, 1) <= one_call.most
+    assert most_activations(FullBagLearner, bags, 4) == one_call.most
+    assert most_activations(Learner, bags, 4) == one_call.most * sum(next(full(bags, 4)).sizes) / CHUNK
+
+
+def test_gradients_are_exchanged_once_per_update(stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes with the same bags: their mean is what each of them has."""
+    exchanged: list[int] = []
+
+    def twins(tensor: Tensor, *_: Any) -> None:
+        exchanged.append(tensor.numel())
+        tensor.mul_(2)
+
+    monkeypatch.setattr(dist, "all_reduce", twins)
+    bags = bags_of(stores)
+    alone = learner_of(FullBagLearner, encoder(nn.BatchNorm2d(4)), lr=1e-2)
+    twin = learner_of(FullBagLearner, encoder(nn.BatchNorm2d(4)), lr=1e-2, world=2)
+    for learner in (alone, twin):
+        steps(learner, bags, 1, count=4)
+    trained = list(twin.model.parameters())
+    assert exchanged == [sum(p.numel() for p in trained) + len(trained)] * 2
+    for own, theirs in zip(trained, alone.model.parameters(), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=0, atol=1e-12)
+
+
+def test_parameters_without_a_gradient_anywhere_keep_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other process has a gradient of ones for the second parameter and none for the third."""
+    mine = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    mine[0].grad = torch.tensor([1.0, 3.0])
+    theirs = torch.tensor([1.0, 1.0, 0.0, 3.0, 5.0, 1.0, 1.0, 0.0, 0.0])
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.add_(theirs))
+    average_gradients(mine, 2)
+    assert mine[0].grad.tolist() == [2.0, 4.0]
+    assert mine[1].grad is not None
+    assert mine[1].grad.tolist() == [0.5, 0.5]
+    assert mine[2].grad is None
+
+
+# Reading
+
+
+@pytest.mark.parametrize("keep", [0, 4, 5, 12, 100])
+@pytest.mark.parametrize("count", [1, 5, 6, 23, 1600])
+def test_all_patches_come_first_and_then_those_that_were_not_kept(count: int, keep: int) -> None:
+    plan = ChunkPlan(CHUNK if count < 1000 else 700, keep)
+    sizes = plan.sizes(count)
+    calls: list[int] = []
+    model = SlideModel(nn.Identity(), nn.Identity(), plan.chunk)
+    model.encoder.register_forward_hook(lambda m, inputs, out: calls.append(len(out)))  # type: ignore
+    model.encode(torch.zeros(count, 1))
+    assert sizes == calls
+    read = [i for begin, end in plan.spans(count) for i in range(begin, end)]
+    stay = sum(sizes[: plan.kept(sizes)])
+    assert stay <= keep
+    assert read == [*range(count), *range(stay, count - sizes[-1])]
+    assert plan.read(count) == len(read)
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_chunks_are_the_patches_of_the_plain_batch_however_they_are_read(stores, workers: int) -> None:
+    bags = bags_of(stores)
+    stream = TrainStream(len(COUNTS), 2, seed=1, epochs=(0, 2))
+    for keys, batch in zip(stream, full(bags_of(stores), 2, keep=6, workers=workers), strict=True):
+        whole = bags[keys]
+        assert (batch.sizes, batch.index) == (whole.sizes, whole.index)
+        assert torch.equal(batch.draws, whole.draws)
+        again = range(batch.kept, len(batch.chunks) - 1)
+        for number in (*range(len(batch.chunks)), *again):
+            begin, end = batch.span(number)
+            patches = torch.empty(end - begin, SIDE_PX, SIDE_PX, 3, dtype=torch.uint8)
+            batch.fill(patches)
+            assert torch.equal(patches, whole.instances[begin:end])
+        assert next(batch.parts, None) is None
+        assert batch.waited > 0
+
+
+def test_patches_that_nobody_asks_for_are_passed_over(stores) -> None:
+    batches = full(bags_of(stores), 1, workers=2)
+    indices = [batch.index for batch in batches]
+    assert len(indices) == 8
+    assert all(len(index) == 1 for index in indices)
+
+
+def test_a_rehearsed_batch_can_be_stepped_on_again_and_again(stores) -> None:
+    bags = bags_of(stores)
+    keys = [(0, 2), (0, 0)]
+    batch, seconds = rehearsal(bags, keys, ChunkPlan(CHUNK, 11))
+    ours = learner_of(FullBagLearner, encoder(nn.BatchNorm2d(4)))
+    assert batch.sizes == bags[keys].sizes
+    assert seconds > 0
+    losses = [float(ours.step(batch, 1, update=False)) for _ in range(3)]
+    assert losses[0] == losses[1] == losses[2]
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("amp", ["bf16", "fp16", None])
+@pytest.mark.parametrize("pin", [True, False])
+def test_on_a_gpu_it_is_the_plain_step_too(stores, pin: bool, amp: str | None) -> None:
+    """Copies overlap with computing there; the rest of the test suite cannot see a race between them."""
+    bags, device = bags_of(stores), torch.device("cuda", 0)
+    more = {"dtype": torch.float32, "device": device, "amp": amp is not None, "amp_dtype": amp or "auto"}
+    pair = [
+        learner_of(kind, encoder(nn.BatchNorm2d(4), nn.Dropout(0.2)), clip_grad=1.0, **more)
+        for kind in (FullBagLearner, Learner)
+    ]
+    stream = TrainStream(len(COUNTS), 2, seed=1, epochs=(0, 2))
+    plan = ChunkPlan(CHUNK, 11)
+    for number, one in enumerate(full_bag_batches(bags_of(stores), stream, LoaderOptions(2, pin=pin), plan)):
+        losses = []
+        for learner, batch in zip(pair, (one, bags[[(number // 2, i) for i in one.index]]), strict=True):
+            torch.manual_seed(number)
+            losses.append(float(learner.step(batch, 1, update=False)))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-2 if amp else 1e-4)
+    assert_equal_gradients(pair[0], pair[1], tolerance=3e-2 if amp else 1e-3)
