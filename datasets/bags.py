@@ -11,10 +11,11 @@ Shapes: B bags, P instances of all bags one behind another, S stored size in px,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from datasets.jpeg import JpegError, decode
 from datasets.labels import Sample
+from datasets.ring import BatchRing, Form
 from datasets.sampling import Regions, regional_order
 from datasets.store import PatchStore
 from datasets.upload import upload
@@ -32,7 +34,9 @@ from utils.errors import UserError
 if TYPE_CHECKING:
     from datasets.features import FeatureFolder
     from datasets.positions import Grid
-    from datasets.ring import BatchRing
+
+BY_VALUE = 1 << 20
+"""Bytes up to which a tensor is copied between processes: taking a shared one over costs the receiver 0.2 ms."""
 
 
 @dataclass
@@ -47,8 +51,10 @@ class Bags:
         draws: (P, 8) views of training patches, on the CPU (see datasets.views); None: whole patches.
         keep: (P,) bool in host memory, False for duplicates that only the encoder sees; None: all take part.
         last: in evaluation, whether this part completes its bag.
+        call: in evaluation, instances of the encoder call that these belong to; None: they are a call of their own.
         pos: (P, 2) columns and rows of the patch grid, for heads that use them; None: not asked for.
-        slot: on its way from a reading process, the buffer of datasets.ring that holds the instances.
+        slot: on its way from a reader, the buffer of datasets.ring that holds the instances.
+        form: with a slot, shape and type of an instance; None: that of the buffer.
         waited: seconds that were spent waiting for instances that came later than the bags (datasets.full_bags).
     """
 
@@ -59,9 +65,19 @@ class Bags:
     draws: Tensor | None = None
     keep: Tensor | None = None
     last: bool = True
+    call: int | None = None
     pos: Tensor | None = None
     slot: int | None = None
+    form: Form | None = None
     waited: float = 0.0
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, "target": {k: _sent(v) for k, v in self.target.items()}}
+        return {k: _sent(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({k: _received(v) for k, v in state.items()})
+        self.target = {k: _received(v) for k, v in self.target.items()}
 
     def to(self, device: torch.device) -> Bags:
         """A copy with what the model takes on ``device``; draws and keep stay in host memory, where they are read."""
@@ -83,6 +99,15 @@ class Bags:
         )
 
 
+def _sent(value: Tensor) -> Tensor | np.ndarray:
+    small = value.nbytes <= BY_VALUE and value.device.type == "cpu" and value.dtype != torch.bfloat16
+    return value.numpy() if small else value
+
+
+def _received(value: Any) -> Any:
+    return torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+
+
 class Source(Protocol):
     """Where the instances of a bag come from."""
 
@@ -93,6 +118,10 @@ class Source(Protocol):
 
     def count(self, slide: str) -> int:
         """Instances of one slide."""
+        ...
+
+    def form(self, slide: str) -> Form:
+        """Shape and type of the instances of one slide."""
         ...
 
     def room(self, count: int) -> Tensor | None:
@@ -115,16 +144,15 @@ class PixelSource:
     def count(self, slide: str) -> int:
         return self.store.counts[slide]
 
-    def room(self, count: int) -> Tensor:
-        """(count, S, S, 3) uint8; in a reading process in shared memory, from where the training process takes it."""
-        shape = (count, self.store.image_size_px, self.store.image_size_px, 3)
-        if get_worker_info() is None:
-            return torch.empty(shape, dtype=torch.uint8)
-        storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
-        return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+    def form(self, slide: str) -> Form:
+        return (self.store.image_size_px, self.store.image_size_px, 3), torch.uint8
+
+    def room(self, count: int) -> Tensor | None:
+        return _patch_memory((count, self.store.image_size_px, self.store.image_size_px, 3))
 
     def load(self, slide: str, picks: np.ndarray, out: Tensor | None = None) -> Tensor:
-        patches = self.room(len(picks)) if out is None else out
+        side_px = self.store.image_size_px
+        patches = _patch_memory((len(picks), side_px, side_px, 3)) if out is None else out
         rows = patches.numpy()
         for row, (pick, data) in enumerate(zip(picks, self.store.read(slide, picks.tolist()), strict=True)):
             try:
@@ -132,6 +160,14 @@ class PixelSource:
             except JpegError as error:
                 raise broken_patch(self.store, slide, pick, error) from error
         return patches
+
+
+def _patch_memory(shape: tuple[int, ...]) -> Tensor:
+    """Uint8; in a reading process in shared memory, from where the training process takes it."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def broken_patch(store: PatchStore, slide: str, pick: int, reason: object) -> UserError:
@@ -153,12 +189,18 @@ class FeatureSource:
     def count(self, slide: str) -> int:
         return self.folder.counts[slide]
 
+    def form(self, slide: str) -> Form:
+        _, width, dtype = self.folder.layout(slide)
+        return (width,), dtype
+
     def room(self, count: int) -> None:
         """Features are picked in one go, or passed on as they are mapped into memory."""
 
     def load(self, slide: str, picks: np.ndarray, out: Tensor | None = None) -> Tensor:
         features = self.folder.read(slide)
         whole = len(picks) == len(features) and bool((picks == np.arange(len(features))).all())
+        if not whole and out is not None and out.dtype == features.dtype:
+            return torch.index_select(features, 0, torch.from_numpy(picks), out=out)
         chosen = features if whole else features[torch.from_numpy(picks)]
         return chosen if out is None else out.copy_(chosen)
 
@@ -180,6 +222,12 @@ def load_instances(source: Source, slides: Sequence[str], picks: np.ndarray, out
     back = np.argsort(np.concatenate([r for r in rows if len(r)]))
     joined = join(parts)[torch.from_numpy(back)]
     return joined if out is None else out.copy_(joined)
+
+
+def common_form(forms: Iterable[Form]) -> Form:
+    """The form of instances that are joined: of one shape, in a type that holds all of them exactly."""
+    shapes, types = zip(*forms, strict=True)
+    return shapes[0], functools.reduce(torch.promote_types, types)
 
 
 def load_positions(source: Source, slides: Sequence[str], picks: np.ndarray) -> Tensor | None:
@@ -245,18 +293,22 @@ def pick(
 
 @dataclass(frozen=True)
 class _Drawn:
-    """What one bag of a batch takes: instances of each source, and everything that was drawn with them."""
+    """What one bag of a batch takes: instances of each source, how many of them are no duplicates, what was drawn."""
 
     sample: Sample
     position: int
     picks: list[np.ndarray]
-    keep: Tensor
+    fresh: list[int]
     draws: Tensor | None
     pos: Tensor | None
 
     @property
     def size(self) -> int:
         return sum(len(picks) for picks in self.picks)
+
+    @property
+    def duplicates(self) -> int:
+        return self.size - sum(self.fresh)
 
 
 class TrainBags(Dataset[Bags]):
@@ -293,13 +345,17 @@ class TrainBags(Dataset[Bags]):
     def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Bags:
         """The batch of the bags at ``keys``, each an (epoch, position)."""
         bags = [self._draw(epoch, position) for epoch, position in keys]
-        slot = None if self.ring is None else self.ring.take()
         segments = [
             (source, bag.sample.slides, picks)
             for bag in bags
             for source, picks in zip(self.sources, bag.picks, strict=True)
         ]
-        return dataclasses.replace(self._described(bags), instances=self.load(segments, slot), slot=slot)
+        batch, slot, form = self._described(bags), None, None
+        if self.ring is not None:
+            form = common_form(source.form(slide) for source, slides, _ in segments for slide in slides)
+            slot = self.ring.take() if self.ring.fits(sum(batch.sizes), form) else None
+        batch.instances, batch.slot, batch.form = self.load(segments, slot, form), slot, form
+        return batch
 
     def described(self, keys: Sequence[tuple[int, int]]) -> Bags:
         """The same without its instances, for those who load them by and by."""
@@ -319,26 +375,26 @@ class TrainBags(Dataset[Bags]):
     def _draw(self, epoch: int, position: int) -> _Drawn:
         sample = self.samples[position]
         rng = np.random.default_rng([self.seed, epoch, position])
-        chosen, keep, pos = [], [], []
+        chosen, fresh_ones, pos = [], [], []
         for source, wanted in zip(self.sources, self.plan.wanted(len(self.sources)), strict=True):
             count = bag_size(source, sample.slides)
             regions = self._regions(source, sample, count)
             wanted = count if wanted is None and self.plan.shuffle else wanted
             picks, fresh = pick(count, wanted, self.plan.pad, rng, regions)
             chosen.append(picks)
-            keep.append(torch.arange(len(picks)) < fresh)
+            fresh_ones.append(fresh)
             pos.append(load_positions(source, sample.slides, picks))
         draws = None if self.views is None else torch.from_numpy(self.views.draw(sum(map(len, chosen)), rng))
         known = [p for p in pos if p is not None]
-        return _Drawn(sample, position, chosen, torch.cat(keep), draws, join(known) if known else None)
+        return _Drawn(sample, position, chosen, fresh_ones, draws, join(known) if known else None)
 
-    def load(self, segments: Sequence[Segment], slot: int | None = None) -> Tensor:
+    def load(self, segments: Sequence[Segment], slot: int | None = None, form: Form | None = None) -> Tensor:
         """The instances of ``segments`` one behind another; in buffer ``slot`` of the ring, where one is given."""
         total = sum(len(picks) for _, _, picks in segments)
         if self.ring is None or slot is None:
             room = self.sources[0].room(total)
         else:
-            room = self.ring.buffers[slot][:total]
+            room = self.ring.buffers[slot][:total] if form is None else self.ring.view(slot, total, form)
         parts, begin = [], 0
         for source, slides, picks in segments:
             out = None if room is None else room[begin : begin + len(picks)]
@@ -353,42 +409,15 @@ class TrainBags(Dataset[Bags]):
         return None if self.views is None else share_per_chunk(torch.cat(draws), self.views.crop_groups)
 
     def _keep(self, bags: Sequence[_Drawn]) -> Tensor | None:
-        kept = torch.cat([bag.keep for bag in bags])
-        return None if self.plan.duplicates_in_head or bool(kept.all()) else kept
+        if self.plan.duplicates_in_head or not any(bag.duplicates for bag in bags):
+            return None
+        return torch.cat([torch.arange(len(p)) < f for bag in bags for p, f in zip(bag.picks, bag.fresh, strict=True)])
 
     def _regions(self, source: Source, sample: Sample, count: int) -> np.ndarray | None:
         if self.plan.regions is None:
             return None
         where = load_positions(source, sample.slides, np.arange(count)) if self.plan.regions.grid else None
         return self.plan.regions.of(count, None if where is None else where.numpy())
-
-
-class EvalParts(Dataset[Bags]):
-    """All instances of every bag, in order, in parts of at most ``part_size``: memory does not grow with the bag."""
-
-    def __init__(self, samples: Sequence[Sample], source: Source, part_size: int, positions: Sequence[int]) -> None:
-        self.samples, self.source = samples, source
-        self.parts = [
-            (p, begin, min(begin + part_size, n), n)
-            for p in positions
-            for n in (bag_size(source, samples[p].slides),)
-            for begin in range(0, n, part_size)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    def __getitem__(self, i: int) -> Bags:
-        position, begin, end, size = self.parts[i]
-        sample, picks = self.samples[position], np.arange(begin, end)
-        return Bags(
-            instances=load_instances(self.source, sample.slides, picks),
-            sizes=[end - begin],
-            index=[position],
-            target=joined_targets([sample.target]),
-            last=end == size,
-            pos=load_positions(self.source, sample.slides, picks),
-        )
 
 
 def joined_targets(targets: Sequence[Mapping[str, float]]) -> dict[str, Tensor]:

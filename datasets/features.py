@@ -11,6 +11,7 @@ import hashlib
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,6 +28,9 @@ COORD_NAMES = ("coords", "coordinates")
 H5_SUFFIXES = (".h5", ".hdf5")
 PLACES = (("pt_files", ".pt"), ("h5_files", ".h5"), (".", ".pt"), (".", ".h5"))
 """Folders that are looked into, in this order, and the extension expected there."""
+
+MOST_MAPPED = 16384
+"""Files that stay mapped; a process may have 65,530 mappings by default."""
 
 DAMAGED = (
     RuntimeError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, struct.error,
@@ -159,6 +163,11 @@ class FeatureFolder:
         self.slides = list(self._files)
         self.counts: Mapping[str, int] = _Counts(self)
         self._kept: dict[str, torch.Tensor] = {}
+        self._mapped: dict[str, torch.Tensor] = {}
+        self._layouts: dict[str, tuple[int, int, torch.dtype]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": {}}  # another process maps the files for itself
 
     def __repr__(self) -> str:
         return f"FeatureFolder({str(self.path)!r}: {len(self.slides)} slides)"
@@ -172,8 +181,24 @@ class FeatureFolder:
             raise UserError(f"{self.path}: no features of slide {slide!r} among {len(self.slides)}.{hint}") from None
 
     def read(self, slide: str) -> torch.Tensor:
-        """(N, D) features; for ``.pt`` files mapped into memory."""
-        return self._kept[slide] if slide in self._kept else read_features(self.file(slide)).values
+        """(N, D) features; for ``.pt`` files mapped into memory, and left so for the next epoch."""
+        for known in (self._kept, self._mapped):
+            if slide in known:
+                return known[slide]
+        values = read_features(self.file(slide)).values
+        if len(self._mapped) < MOST_MAPPED and zipfile.is_zipfile(self.file(slide)):  # others are read, not mapped
+            self._mapped[slide] = values
+        return values
+
+    def layout(self, slide: str) -> tuple[int, int, torch.dtype]:
+        """(N, D) and type of a slide's features; raises UserError for an unknown slide or a damaged file."""
+        if slide not in self._layouts:
+            self._layouts[slide] = _layout(self.file(slide))
+        return self._layouts[slide]
+
+    def holds_in_memory(self, slides: Iterable[str]) -> bool:
+        """Whether ``read`` gives what lies in RAM for all of ``slides``."""
+        return all(slide in self._kept for slide in slides)
 
     def keep_in_memory(self, slides: Iterable[str], processes: int = 1, pin: bool = False) -> int:
         """Reads the features of ``slides`` into RAM, from where later reads take them without a copy.
@@ -207,7 +232,7 @@ class FeatureFolder:
         width = self.width
         for slide in dict.fromkeys(slides):
             try:
-                count, other = _shape(self.file(slide))
+                count, other, _ = self.layout(slide)
             except UserError as error:
                 faults.add(str(error))
                 continue
@@ -242,7 +267,7 @@ class FeatureFolder:
     @property
     def width(self) -> int:
         """D, from the first file."""
-        return _shape(self.file(self.slides[0]))[1]
+        return self.layout(self.slides[0])[1]
 
     @property
     def fingerprint(self) -> str:
@@ -258,14 +283,11 @@ class _Counts(Mapping[str, int]):
 
     def __init__(self, folder: FeatureFolder) -> None:
         self._folder = folder
-        self._known: dict[str, int] = {}
 
     def __getitem__(self, slide: str) -> int:
-        if slide not in self._known:
-            if slide not in self._folder._files:
-                raise KeyError(slide)
-            self._known[slide] = _shape(self._folder.file(slide))[0]
-        return self._known[slide]
+        if slide not in self._folder._files:
+            raise KeyError(slide)
+        return self._folder.layout(slide)[0]
 
     def __iter__(self) -> Any:
         return iter(self._folder.slides)
@@ -277,15 +299,16 @@ class _Counts(Mapping[str, int]):
         return slide in self._folder._files
 
 
-def _shape(path: Path) -> tuple[int, int]:
-    """(N, D) without reading the values where the format allows it."""
+def _layout(path: Path) -> tuple[int, int, torch.dtype]:
+    """(N, D) and the type, without reading the values where the format allows it."""
     if path.suffix in H5_SUFFIXES:
         try:
             with h5py.File(path, "r") as file:
                 name = next((n for n in FEATURE_NAMES if n in file), None)
                 if name is not None and file[name].ndim >= 2:
-                    return int(file[name].shape[-2]), int(file[name].shape[-1])
-        except (OSError, AttributeError) as error:
+                    empty = torch.from_numpy(np.empty(0, file[name].dtype))
+                    return int(file[name].shape[-2]), int(file[name].shape[-1]), empty.dtype
+        except (OSError, AttributeError, TypeError) as error:
             raise UserError(f"{path}: is not a readable HDF5 file of features: {error}") from error
     values = read_features(path).values
-    return int(values.shape[0]), int(values.shape[1])
+    return int(values.shape[0]), int(values.shape[1]), values.dtype

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.bags import Bags, EvalParts, TrainBags
-from datasets.ring import BatchRing
+from datasets.ahead import in_thread
+from datasets.bags import Bags, FeatureSource, TrainBags, bag_size, common_form
+from datasets.ring import BatchRing, ring_for, size_of_form
 from utils.errors import UserError
 from utils.stop import ignore_stop_signals
 
@@ -130,7 +131,9 @@ def train_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) 
 
     The instances of a batch are good until the next one is asked for: reading processes fill their memory again.
     """
-    if bags.views is not None and options.workers > 0 and bags.plan.total > 0:
+    if bags.views is None:
+        return feature_batches(bags, stream, options)
+    if options.workers > 0 and bags.plan.total > 0:
         side_px = bags.views.stored_px
         shape = (stream.batch_size * bags.plan.total, side_px, side_px, 3)
         bags.ring = BatchRing(options.workers, options.prefetch, shape, options.pin)
@@ -146,6 +149,57 @@ def train_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) 
     return iter(loader) if bags.ring is None else emptied(loader, bags.ring)
 
 
+def feature_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -> Iterator[Bags]:
+    """Batches of features. A bag is 20 MB: readers copy it from the mapped file to where the device takes it from.
+
+    Reading processes do that, or, where there are none and the device copies by itself, a thread. Whole bags that lie
+    in RAM are handed on as they are.
+    """
+    batches: Iterable[Bags] = map(bags.__getitem__, stream)
+    if options.workers == 0 and (not options.pin or _ready(bags, stream.batch_size)):
+        return iter(batches)
+    bags.ring = ring_for(options.workers, options.prefetch, _batch_bytes(bags, stream.batch_size), options.pin)
+    if options.workers == 0:
+        return emptied(in_thread(batches, options.prefetch), bags.ring)
+    loader: DataLoader[Bags] = DataLoader(
+        bags,
+        sampler=stream,
+        batch_size=None,
+        num_workers=options.workers,
+        prefetch_factor=options.prefetch,
+        worker_init_fn=quiet_worker,
+    )
+    return emptied(loader, bags.ring)
+
+
+def _ready(bags: TrainBags, batch_size: int) -> bool:
+    """Whether each batch lies in RAM already, as it is to be handed on."""
+    source, plan = bags.sources[0], bags.plan
+    if (
+        batch_size > 1
+        or len(bags.sources) > 1
+        or plan.total > 0
+        or plan.shuffle
+        or not isinstance(source, FeatureSource)
+    ):
+        return False
+    return all(len(s.slides) == 1 and source.folder.holds_in_memory(s.slides) for s in bags.samples)
+
+
+def _batch_bytes(bags: TrainBags, batch_size: int) -> int:
+    """What the largest batch takes."""
+    wanted = bags.plan.wanted(len(bags.sources))
+    sizes = []
+    for sample in bags.samples:
+        size = 0
+        for source, most in zip(bags.sources, wanted, strict=True):
+            count = bag_size(source, sample.slides)
+            taken = count if most is None else most if bags.plan.pad else min(most, count)
+            size += taken * size_of_form(common_form(source.form(slide) for slide in sample.slides))
+        sizes.append(size)
+    return sum(sorted(sizes)[-batch_size:])
+
+
 def emptied(batches: Iterable[Bags], ring: BatchRing) -> Iterator[Bags]:
     """The batches with their instances, which lie in ``ring`` and are good until the next batch is asked for."""
     used: deque[tuple[int, torch.cuda.Event | None]] = deque()
@@ -155,7 +209,9 @@ def emptied(batches: Iterable[Bags], ring: BatchRing) -> Iterator[Bags]:
             if slot is None:
                 yield bags
                 continue
-            yield dataclasses.replace(bags, instances=ring.buffers[slot][: sum(bags.sizes)])
+            count = sum(bags.sizes)
+            content = ring.buffers[slot][:count] if bags.form is None else ring.view(slot, count, bags.form)
+            yield dataclasses.replace(bags, instances=content)
             event = None
             if ring.pinned:  # the copy to the device was queued before this event, on the same stream
                 event = torch.cuda.Event()
@@ -168,19 +224,6 @@ def emptied(batches: Iterable[Bags], ring: BatchRing) -> Iterator[Bags]:
                 ring.give_back(done)
     finally:
         ring.close()
-
-
-def eval_loader(parts: EvalParts, options: LoaderOptions, keep_workers: bool = False) -> DataLoader[Bags]:
-    """The parts of an evaluation, in order, one at a time."""
-    return DataLoader(
-        parts,
-        batch_size=None,
-        num_workers=options.workers,
-        prefetch_factor=options.prefetch if options.workers else None,
-        pin_memory=options.pin,
-        worker_init_fn=quiet_worker,
-        persistent_workers=keep_workers and options.workers > 0,
-    )
 
 
 def quiet_worker(number: int) -> None:

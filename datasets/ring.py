@@ -1,11 +1,11 @@
-"""Buffers that reading processes fill and the training process empties, over and over.
+"""Buffers that readers fill and the training process empties, over and over.
 
 A batch of patches is large (200 MB in the PANDA recipe). Fresh shared memory for each one costs more than decoding into
 it: every page is mapped, zeroed and, for the copy to a GPU, locked anew. Here each reading process owns a few buffers
 for the whole run. They are mapped once, page-locked once, and handed back when the device has taken their content.
 
-Each process owns as many buffers as it may have batches under way, and one more for the batch in use, so none ever
-waits for a buffer that cannot come back.
+Each reader owns as many buffers as it may have batches under way, and one more for the batch in use, so none ever waits
+for a buffer that cannot come back. A reader is a process, or a thread of the training process, which counts as one.
 """
 
 from __future__ import annotations
@@ -15,34 +15,55 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
+from torch import Tensor
 from torch.utils.data import get_worker_info
+
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of one instance."""
+
+MOST_BYTES = 2 << 30
+"""What the buffers of ``ring_for`` take together at most; larger batches go without."""
+
+
+def size_of_form(form: Form) -> int:
+    """Bytes of one instance."""
+    return math.prod(form[0]) * form[1].itemsize
 
 
 class BatchRing:
-    """The buffers of all reading processes.
+    """The buffers of all readers.
 
     Args:
-        workers: reading processes.
+        workers: reading processes; 0: one thread of this process.
         prefetch: batches that each may have under way.
         shape: of the largest batch, uint8.
         pin: lock the pages, so that copies to a GPU need no second one.
     """
 
     def __init__(self, workers: int, prefetch: int, shape: tuple[int, ...], pin: bool) -> None:
-        self.workers, self.prefetch, self.each = workers, prefetch, prefetch + (2 if workers == 1 else 1)
+        self.workers, self.prefetch, self.each = workers, prefetch, _each(workers, prefetch)
         nothing = torch.empty(0, dtype=torch.uint8)
-        storages = [torch.UntypedStorage._new_shared(math.prod(shape)) for _ in range(workers * self.each)]
+        storages = [torch.UntypedStorage._new_shared(math.prod(shape)) for _ in range(max(workers, 1) * self.each)]
         self.buffers = [nothing.new_empty(0).set_(storage).view(shape) for storage in storages]
         self.pinned = pin
         if pin:
             for buffer in self.buffers:
                 torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-        self._free: list[Any] = [multiprocessing.SimpleQueue() for _ in range(workers)]
+        self._free: list[Any] = [multiprocessing.SimpleQueue() for _ in range(max(workers, 1))]
         for slot in range(len(self.buffers)):
             self.give_back(slot)
 
+    def fits(self, count: int, form: Form) -> bool:
+        """Whether a buffer can hold ``count`` instances."""
+        return count * size_of_form(form) <= self.buffers[0].numel()
+
+    def view(self, slot: int, count: int, form: Form) -> Tensor:
+        """The first ``count`` instances of a buffer."""
+        content = self.buffers[slot].view(-1)[: count * size_of_form(form)]
+        return content.view(form[1]).view(count, *form[0])
+
     def take(self) -> int:
-        """In a reading process: one of its buffers that is free; waits for the device where none is."""
+        """In a reader: one of its buffers that is free; waits for the device where none is."""
         worker = get_worker_info()
         return int(self._free[0 if worker is None else worker.id].get())
 
@@ -51,11 +72,22 @@ class BatchRing:
         self._free[slot // self.each].put(slot)
 
     def close(self) -> None:
-        """Lets waiting processes finish what they were asked for, and unlocks the pages."""
+        """Lets waiting readers finish what they were asked for, and unlocks the pages."""
         for queue in self._free:
             for _ in range(self.prefetch):
                 queue.put(0)
         if self.pinned:
+            self.pinned = False
             torch.cuda.synchronize()
             for buffer in self.buffers:
                 torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
+def ring_for(workers: int, prefetch: int, largest: int, pin: bool) -> BatchRing:
+    """Buffers for batches of up to ``largest`` bytes, or of as many as ``MOST_BYTES`` for all buffers allow."""
+    share = MOST_BYTES // (max(workers, 1) * _each(workers, prefetch))
+    return BatchRing(workers, prefetch, (max(min(largest, share), 1),), pin)
+
+
+def _each(workers: int, prefetch: int) -> int:
+    return prefetch + (2 if workers <= 1 else 1)

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from datasets.bags import Bags, EvalParts, TrainBags
+from datasets.bags import Bags, TrainBags
+from datasets.eval_parts import EvalParts
+from datasets.eval_reading import on_device
 from datasets.full_bags import rehearsal, size_of
 from datasets.label_types import Fold, Sample
 from datasets.sampling import bag_limit
@@ -24,6 +26,7 @@ from engine.learner import Learner
 from engine.records import run_folder
 from engine.setup import Setup
 from engine.timing import seconds_per_call
+from engine.validation import part_plan
 from modules.model import bare_state_dict
 from utils.dist import Processes
 from utils.log import duration
@@ -107,14 +110,14 @@ def _largest_batch(setup: Setup, fold: Fold) -> tuple[Bags, float]:
 def _evaluation_rate(setup: Setup, fold: Fold, learner: Learner, processes: Processes) -> float:
     samples = (*fold.val, *fold.test)
     largest = max(range(len(samples)), key=lambda i: _count(setup, samples[i]))
-    part = setup.config.eval.p_batch_size_v if setup.encoder is not None else 1 << 40
-    data = EvalParts(samples, setup.sources.test, part, [largest])
+    data = EvalParts(samples, setup.sources.test, part_plan(setup), [largest])
     parts: Sequence[Bags] = [data[i] for i in range(len(data))]
     count = _count(setup, samples[largest])
     alone = Processes(0, 1, processes.device)
 
     def evaluate() -> None:
-        predict(learner.model, parts, learner.renderer, learner.precision, alone)
+        calls = on_device(parts, processes.device)
+        predict(learner.model, calls, learner.renderer, learner.precision, alone)
 
     with memory.explained(memory.Load([samples[largest].id], count), setup.config, training=False):
         return count / seconds_per_call(evaluate, processes.device, 1)

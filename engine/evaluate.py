@@ -43,15 +43,22 @@ class Predictions:
 @torch.inference_mode()
 def predict(
     model: SlideModel,
-    loader: Iterable[Bags],
+    calls: Iterable[Bags],
     renderer: Renderer | None,
     precision: Precision,
     processes: Processes,
 ) -> Predictions:
-    """Evaluates the bags that ``loader`` gives this process and joins the results of all processes.
+    """Evaluates the bags that ``calls`` gives this process and joins the results of all processes.
 
-    Parts of a bag are encoded as they come; only their features wait for the rest of the bag, so memory does not grow
-    with the number of patches but by their features.
+    Patches of a bag are encoded as they come; only their features wait for the rest of the bag, so memory does not grow
+    with the number of patches but by their features. Nothing here waits for the device before the last bag.
+
+    Args:
+        model: the weights to evaluate.
+        calls: what the encoder takes at a time, on the device (``datasets.eval_reading.on_device``); features: bags.
+        renderer: patches to encoder input; None for features.
+        precision: of the forward passes.
+        processes: this process among its peers.
 
     Raises:
         Stopped: on all processes, when one of them was asked to stop.
@@ -62,11 +69,10 @@ def predict(
     index: list[int] = []
     logits: list[Tensor] = []
     targets: list[dict[str, Tensor]] = []
-    for host_bags in loader:
-        if processes.stop.by is not None:
-            break
-        bags = host_bags.to(processes.device)
-        with precision.autocast():
+    with precision.autocast():  # entered once, so that weights are converted once
+        for bags in calls:
+            if processes.stop.by is not None:
+                break
             inputs = bags.instances if renderer is None else renderer(bags.instances)
             features.append(model.encode(inputs))
             positions += [] if bags.pos is None else [bags.pos]
@@ -75,11 +81,11 @@ def predict(
             whole = torch.cat(features)
             pos = torch.cat(positions) if positions else None
             bag_logits, _ = model.aggregate(whole, [len(whole)], pos=pos)
-        logits.append(bag_logits.float())
-        index += bags.index
-        targets.append(host_bags.target)
-        features.clear()
-        positions.clear()
+            logits.append(bag_logits.float())
+            index += bags.index
+            targets.append(bags.target)
+            features.clear()
+            positions.clear()
     names = targets[0] if targets else {}
     own = Predictions(
         torch.tensor(index, dtype=torch.int64),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
-from torch.utils.data import DataLoader
-
-from datasets.bags import Bags, EvalParts
-from datasets.label_types import Fold, Sample
-from datasets.loaders import LoaderOptions, eval_loader, shard
+from datasets.bags import Bags
+from datasets.eval_parts import WHOLE, EvalParts, PartPlan
+from datasets.eval_reading import EvalReader
+from datasets.label_types import Fold
+from datasets.loaders import LoaderOptions, shard
 from engine import memory
 from engine.evaluate import Predictions, predict
 from engine.learner import Learner
@@ -23,12 +23,19 @@ def loader_options(setup: Setup, processes: Processes, workers: int) -> LoaderOp
     return LoaderOptions(0 if data.persistence else workers, data.prefetch_factor, pin)
 
 
+def part_plan(setup: Setup) -> PartPlan:
+    """What is read and encoded at a time in evaluation; features come a bag at a time."""
+    config = setup.config
+    return WHOLE if setup.encoder is None else PartPlan(config.eval.p_batch_size_v, config.train.p_batch_size)
+
+
 class Evaluator:
     """Predicts the validation and test bags of one fold; its reading processes live as long as it does."""
 
     def __init__(self, setup: Setup, fold: Fold, learner: Learner, processes: Processes) -> None:
         self.setup, self.fold, self.learner, self.processes = setup, fold, learner, processes
-        self._loaders: dict[str, DataLoader[Bags]] = {}
+        self._samples = {"val": fold.val, "test": fold.test}
+        self._reader: EvalReader | None = None
 
     def predict(self, name: str, split: str) -> Predictions:
         """What the weights ``name`` ("main", "ema") say about ``split`` ("val", "test"), each bag once.
@@ -38,31 +45,24 @@ class Evaluator:
             UserError: when the device has too little memory.
         """
         learner, load = self.learner, memory.Load()
-        model, stream = learner.weights()[name], self._watched(split, load)
+        model, calls = learner.weights()[name], self._watched(split, load)
         with memory.explained(load, self.setup.config, training=False):
-            return predict(model, stream, learner.renderer, learner.precision, self.processes)
+            return predict(model, calls, learner.renderer, learner.precision, self.processes)
 
     def _watched(self, split: str, load: memory.Load) -> Iterator[Bags]:
-        """The parts of a split; ``load`` follows them."""
-        samples = self._samples(split)
-        loader: Iterable[Bags] = self._loader(split)
-        for bags in loader:
+        """The encoder calls of a split; ``load`` follows them."""
+        samples = self._samples[split]
+        for bags in self._reading().read(split):
             load.now([samples[i].id for i in bags.index], sum(bags.sizes))
             yield bags
 
-    def _samples(self, split: str) -> Sequence[Sample]:
-        return self.fold.val if split == "val" else self.fold.test
-
-    def _loader(self, split: str) -> DataLoader[Bags]:
-        if split not in self._loaders:
-            data, samples = self.setup.config.data, self._samples(split)
-            mine = shard(len(samples), self.processes.rank, self.processes.world)
-            parts = EvalParts(samples, self.setup.sources.test, self._part_size(), mine)
+    def _reading(self) -> EvalReader:
+        if self._reader is None:
+            data, plan, processes = self.setup.config.data, part_plan(self.setup), self.processes
+            parts = {}
+            for split, samples in self._samples.items():
+                mine = shard(len(samples), processes.rank, processes.world)
+                parts[split] = EvalParts(samples, self.setup.sources.test, plan, mine)
             workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
-            options = loader_options(self.setup, self.processes, workers)
-            self._loaders[split] = eval_loader(parts, options, keep_workers=True)
-        return self._loaders[split]
-
-    def _part_size(self) -> int:
-        """Instances that are read and encoded at a time in evaluation; features need no parts."""
-        return self.setup.config.eval.p_batch_size_v if self.setup.encoder is not None else 1 << 40
+            self._reader = EvalReader(parts, loader_options(self.setup, processes, workers), processes.device)
+        return self._reader

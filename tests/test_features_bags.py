@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datasets.bags import Bags, EvalParts, FeatureSource, SamplingPlan, TrainBags
+from datasets.bags import Bags, FeatureSource, SamplingPlan, TrainBags
+from datasets.eval_parts import EvalParts, PartPlan
 from datasets.features import FeatureFolder
 from datasets.label_types import Sample
 from datasets.positions import CoordinateFolder, Grid, grid_step_px
@@ -118,7 +119,7 @@ def test_positions_follow_their_instances(folder: FeatureFolder) -> None:
     assert drawn.pos is not None
     assert torch.equal(drawn.pos[:, 0], drawn.instances[:, 1].long())
     assert set(drawn.pos[:, 1].tolist()) == {2}
-    whole = EvalParts([sample("s1")], source, 4, [0])
+    whole = EvalParts([sample("s1")], source, PartPlan(4, 4), [0])
     pos = torch.cat([whole[0].pos, whole[1].pos])
     assert torch.equal(pos[:, 0], torch.arange(6))
 
