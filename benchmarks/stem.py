@@ -1,0 +1,276 @@
+"""What the first layers of a ResNet cost, plain and fused, alone and in a whole training step.
+
+    python -m benchmarks.stem [kernels] [forms] [steps] [--patches 1024] [--size 224]
+
+* kernels: every kernel of ``modules.stem_triton`` with several tiles, and where the memory's speed would put it;
+* forms: convolution, and what follows it, in torch, compiled by torch, and ours; errors against float64;
+* steps: the bare compiled training step of R18 and R50 (bf16, channels-last) with and without the fused stem, what it
+  keeps in memory, and evaluation.
+
+Without a GPU it says so and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from modules import stem_triton as own
+from modules.encoders import build_encoder
+from modules.stem import convolve_blocks
+
+LAST = torch.channels_last
+BYTES_PER_MS = 3.0e9
+"""What an H100's memory moves in a copy, roughly."""
+
+
+def milliseconds(call: Callable[[], object], repeats: int = 10) -> float:
+    """Median by device events, after two calls to warm up."""
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def line(name: str, *figures: object) -> None:
+    print(f"{name:58}" + "".join(f"{f:>10.3f}" if isinstance(f, float) else f"  {f}" for f in figures), flush=True)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+class Case:
+    """One batch of patches and the parameters of a stem, bf16 and channels-last."""
+
+    def __init__(self, patches: int, size: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        torch.manual_seed(0)
+        self.x = torch.randn(patches, 3, size, size, dtype=dtype, device="cuda").contiguous(memory_format=LAST)
+        self.w = (torch.randn(64, 3, 7, 7, device="cuda") * 0.1).requires_grad_()
+        self.weight = torch.rand(64, device="cuda").add_(0.5).requires_grad_()
+        self.bias = torch.randn(64, device="cuda").requires_grad_()
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.w, self.weight, self.bias]
+
+    def maps(self) -> tuple[Tensor, Tensor, Tensor, own.Norm]:
+        """Gradient of y, places of the maxima, z, statistics."""
+        weight, bias = self.weight.detach(), self.bias.detach()
+        _, mean, var, z, where = own.stem(self.x, self.w.detach(), weight, bias, 1e-5)
+        grad = torch.randn(where.shape, device="cuda", dtype=z.dtype).contiguous(memory_format=LAST)
+        return grad, where, z, own.Norm(mean, var, weight, bias, 1e-5)
+
+
+def variants() -> dict[str, list[own.Tiles]]:
+    """The tiles that are tried for every kernel; the current ones are among them."""
+    t = own.Tiles
+    table = {
+        "convolve": [
+            t(128, 7, 4, 2),
+            t(128, 7, 4, 1),
+            t(128, 7, 8, 3),
+            t(128, 28, 4, 3),
+            t(64, 14, 4, 3),
+            t(256, 7, 8, 2),
+        ]
+        + [t(64, 14, 4, 2, 2), t(64, 14, 4, 1, 8), t(128, 7, 8, 1, 8), t(128, 7, 8, 1, 4)],
+        "moments": [t(64, 14, 4), t(32, 28, 4), t(128, 14, 8)],
+        "pool": [t(8, 7, 2), t(8, 28, 2), t(8, 56, 2), t(16, 14, 4), t(16, 14, 2), t(32, 14, 4), t(64, 14, 8)]
+        + [t(64, 28, 8), t(4, 28, 1)],
+        "reduce": [t(8, 49, 2), t(8, 49, 4), t(16, 14, 4), t(16, 49, 2), t(16, 49, 8), t(32, 49, 8)],
+        "spread": [t(8, 14, 2), t(8, 14, 4), t(16, 14, 8), t(32, 14, 8)],
+        "weights": [t(16, 196, 8, 2), t(16, 196, 8, 3), t(16, 196, 8, 1), t(32, 98, 8, 1), t(32, 98, 8, 3)]
+        + [t(64, 49, 8, 1), t(64, 49, 8, 2), t(16, 196, 4, 2), t(32, 392, 8, 2), t(32, 98, 16, 2)],
+    }
+    return {name: [own.TILES[name], *(v for v in tiles if v != own.TILES[name])] for name, tiles in table.items()}
+
+
+def kernel_calls(case: Case) -> Iterator[tuple[str, float, Callable[[], object]]]:
+    """Name of a kernel, the ms that reading and writing its operands once would take, and a call of it."""
+    grad, where, z, norm = case.maps()
+    sums = own.reduce_gradient(grad, where, z, norm)
+    x, w = case.x, case.w.detach()
+    size = {name: t.numel() * t.element_size() / BYTES_PER_MS for name, t in (("x", x), ("z", z), ("y", grad))}
+    small = size["y"] * 1.5
+    yield "convolve", size["x"] + size["z"], lambda: own.convolve(x, w)
+    yield "moments", size["z"], lambda: own.moments(z)
+    yield "pool", size["z"] + small, lambda: own.pool(z, norm)
+    yield "reduce", size["z"] + small, lambda: own.reduce_gradient(grad, where, z, norm)
+    yield "spread", 2 * size["z"] + small, lambda: own.spread_gradient(grad, where, z, norm, sums)
+    yield "weights", size["x"] + size["z"] + small, lambda: own.weight_gradient(x, (grad, where, z), norm, sums)
+
+
+def kernels(case: Case) -> None:
+    for name, floor, call in kernel_calls(case):
+        line(f"{name}: floor", floor)
+        current, found = own.TILES[name], []
+        for tiles in variants()[name]:
+            own.TILES[name] = tiles
+            try:
+                took = milliseconds(call, 5)
+            except Exception as reason:  # noqa: BLE001  # what a tile too large raises depends on Triton's version
+                line(f"  {tiles}", type(reason).__name__, str(reason).splitlines()[0][:60])
+                continue
+            found.append((took, tiles))
+            line(f"  {tiles}", took)
+        own.TILES[name] = current
+        if found:
+            best = min(found, key=lambda pair: pair[0])
+            line(f"{name}: BEST {best[1]}", best[0])
+            own.TILES[name] = best[1]  # what follows is measured with the best
+
+
+def plain_rest(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    normed = functional.batch_norm(z, None, None, weight, bias, training=True)
+    return functional.max_pool2d(functional.relu(normed), 3, 2, 1)
+
+
+def plain_stem(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return plain_rest(functional.conv2d(x, w.to(x.dtype), stride=2, padding=3), weight, bias)
+
+
+def blocks_stem(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return plain_rest(convolve_blocks(x, w.to(x.dtype)), weight, bias)
+
+
+def own_stem(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return own.stem(x, w, weight, bias, 1e-5)[0]
+
+
+def blocks_and_own_rest(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    z = convolve_blocks(x, w.to(x.dtype)).contiguous(memory_format=LAST)
+    return own.norm_pool(z, weight, bias, 1e-5)[0]
+
+
+def forms(case: Case) -> None:
+    """Milliseconds of forward and of forward and backward, and errors of value and gradients against float64."""
+    convolutions: dict[str, Callable[..., Tensor]] = {
+        "convolution, 7 x 7 of 3 channels": lambda x, w: functional.conv2d(x, w.to(x.dtype), stride=2, padding=3),
+        "convolution, 4 x 4 of 16 channels, all": lambda x, w: convolve_blocks(x, w.to(x.dtype)),
+    }
+    for name, call in convolutions.items():
+        for how, form in (("eager", call), ("compiled", torch.compile(call))):
+            line(f"{name}, {how}", *timed(form, [case.x], [case.w]))
+    z = functional.conv2d(case.x, case.w.detach().to(case.x.dtype), stride=2, padding=3).requires_grad_()
+    own_rest = lambda z, weight, bias: own.norm_pool(z, weight, bias, 1e-5)[0]  # noqa: E731
+    for name, form in (("eager", plain_rest), ("compiled", torch.compile(plain_rest)), ("ours", own_rest)):
+        line(f"norm, ReLU, pool: {name}", *timed(form, [], [z, case.weight, case.bias]))
+    stems = {"plain, eager": plain_stem, "plain, compiled": torch.compile(plain_stem)}
+    stems |= {"blocks, compiled": torch.compile(blocks_stem), "blocks, then ours": torch.compile(blocks_and_own_rest)}
+    stems |= {"ours": own_stem, "ours, compiled": torch.compile(own_stem)}
+    for name, form in stems.items():
+        line(f"stem: {name}", *timed(form, [case.x], case.parameters))
+
+
+def timed(call: Callable[..., Tensor], fixed: list[Tensor], trained: list[Tensor]) -> tuple[float, float]:
+    grad = torch.randn_like(call(*fixed, *trained))
+
+    def both() -> None:
+        torch.autograd.grad(call(*fixed, *trained), trained, grad)
+
+    return milliseconds(lambda: call(*fixed, *trained)), milliseconds(both)
+
+
+def errors(patches: int, size: int) -> None:
+    """Of y and the gradients of w, weight and bias, relative, with the same rounded patches."""
+    for dtype in (torch.bfloat16, torch.float16):
+        case = Case(patches, size, dtype)
+        exact = [p.detach().double().requires_grad_() for p in case.parameters]
+        want = plain_stem(case.x.double(), *exact)
+        grad = torch.randn_like(want)
+        wanted = [want, *torch.autograd.grad(want, exact, grad)]
+        for name, form in (("plain", plain_stem), ("blocks", blocks_stem), ("ours", own_stem)):
+            got = form(case.x, *case.parameters)
+            slopes = torch.autograd.grad(got, case.parameters, grad.to(dtype))
+            found = [f"{error(a, b):.1e}" for a, b in zip((got, *slopes), wanted, strict=True)]
+            line(f"errors {str(dtype).removeprefix('torch.')}: {name}", *found)
+        again = torch.autograd.grad(own_stem(case.x, *case.parameters), case.parameters, grad.to(dtype))
+        line("  ours, twice the same", str(all(torch.equal(a, b) for a, b in zip(slopes, again, strict=True))))
+
+
+class Training:
+    """An encoder with a linear head, its optimiser, and a batch."""
+
+    def __init__(self, name: str, patches: int, size: int, fused: bool) -> None:
+        torch.manual_seed(0)
+        x = torch.randn(patches, 3, size, size, device="cuda", dtype=torch.bfloat16)
+        self.x = x.contiguous(memory_format=LAST)
+        self.encoder = build_encoder(name, pretrained=False).cuda()
+        for parameter in self.encoder.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.contiguous(memory_format=LAST)
+        self.encoder.fused_stem = fused
+        self.head = nn.Linear(self.encoder.width, 2).cuda()
+        self.optimizer = torch.optim.Adam([*self.encoder.parameters(), *self.head.parameters()], fused=True)
+        self.encoder.compile()
+
+    def step(self) -> Tensor:
+        with torch.autocast("cuda", torch.bfloat16):
+            loss: Tensor = self.head(self.encoder(self.x)).float().square().mean()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def evaluate(self) -> Tensor:
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+            features: Tensor = self.encoder(self.x)
+        return features
+
+
+def steps(name: str, patches: int, size: int) -> None:
+    """Milliseconds of the bare step and of evaluation, memory, and the first loss."""
+    for fused in (False, True):
+        torch.compiler.reset()
+        training = Training(name, patches, size, fused)
+        first = float(training.step())
+        torch.cuda.reset_peak_memory_stats()
+        took = milliseconds(training.step)
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        training.encoder.eval()
+        test = milliseconds(training.evaluate)
+        what = f"{name}, {patches} patches, {'fused' if fused else 'plain'} stem: step, evaluation, GiB"
+        line(what, took, test, memory, f"{patches / took * 1000:.0f} patches/s", f"first loss {first:.5f}")
+        del training
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=[])
+    parser.add_argument("--patches", type=int, default=1024)
+    parser.add_argument("--size", type=int, default=224)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("There is no GPU, and this measures nothing else.")
+        return 0
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")
+    parts = args.parts or ["kernels", "forms", "steps"]
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.patches} patches of {args.size} px")
+    errors(16, args.size)
+    if "kernels" in parts:
+        kernels(Case(args.patches, args.size))
+    if "forms" in parts:
+        forms(Case(args.patches, args.size))
+    if "steps" in parts:
+        steps("r18", args.patches, args.size)
+        steps("r50", args.patches // 2, args.size)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
