@@ -98,6 +98,13 @@ def child(run: subprocess.Popen[str]) -> int:
     return int(subprocess.run(words, capture_output=True, text=True).stdout.split()[-1])
 
 
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_two_machines_with_copies_equal_one(tiny: TinyCohort, one_machine: Result, tmp_path: Path) -> None:
     options = tiny.options(*SMALL, "--num_epoch=4", f"--output_path={tmp_path / 'out'}", f"--stage_to={tmp_path / 'd'}")
@@ -142,12 +149,15 @@ def test_a_killed_process_starts_one_machine_again(tiny: TinyCohort, one_machine
 
 
 @pytest.mark.slow
-def test_a_machine_that_dies_ends_the_other(tiny: TinyCohort, tmp_path: Path) -> None:
+def test_a_launcher_that_is_killed_ends_its_processes_and_the_other_machine(tiny: TinyCohort, tmp_path: Path) -> None:
     runs = start_two(tiny.options(*SMALL, "--num_epoch=500", f"--output_path={tmp_path}"), MAX_RESTARTS="2")
     wait_for_state(tmp_path, runs[0])
-    for process in (runs[1].pid, child(runs[1])):
-        os.kill(process, signal.SIGKILL)
+    left = child(runs[1])
+    os.kill(runs[1].pid, signal.SIGKILL)
     begin = time.monotonic()
+    while alive(left):
+        assert time.monotonic() - begin < 10, "the process outlived its launcher"
+        time.sleep(0.05)
     ((status, text),) = end(runs[:1], seconds=60)
     assert status not in (0, 75)
     assert time.monotonic() - begin < 60

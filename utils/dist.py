@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
-from utils.stop import StopRequest
+from utils.stop import MARK, StopRequest
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def processes(device: str = "auto", timeout_minutes: int = 30) -> Iterator[Proce
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if MARK in os.environ:
+        _end_with_the_launcher()
     place = _place(device, local_rank)
     if world > 1:
         cuda = place.type == "cuda"
@@ -129,6 +134,13 @@ def planned_processes(argv: Sequence[str]) -> tuple[int, list[str]]:
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"processes is {text!r}, but must be a number of 1 or more. Give --processes=4, for example.")
     return int(text), rest
+
+
+def _end_with_the_launcher() -> None:
+    """Linux kills this process when the one that started it is killed: nobody would end a hanging one any more."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _place(device: str, local_rank: int) -> torch.device:
