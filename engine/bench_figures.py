@@ -75,7 +75,7 @@ class Figures:
         loader: batches that nobody uses.
         copy: host memory to GPU; None on a CPU.
         step: training step on batches that are on the device already.
-        render_share, ema_share: shares of that step.
+        render_share, ema_share: shares of that step; None where nothing is rendered in one go.
         loop: everything together.
         data_wait: share of the loop's time spent waiting for a batch.
         evaluate: evaluation, reading included; None where there is nothing to evaluate.
@@ -88,7 +88,7 @@ class Figures:
     loader: float
     copy: float | None
     step: float
-    render_share: float
+    render_share: float | None
     ema_share: float
     loop: float
     data_wait: float
@@ -113,7 +113,7 @@ def table(f: Figures) -> list[str]:
         (f"decode, {crowd}", supply.decode_all.per_s if supply.decode_all else None, ""),
         ("batches, nobody using them", f.loader, f"the first one came after {f.start_seconds:.1f} s"),
         ("copy to the device", f.copy, "page-locked" if s.pinned else "not page-locked"),
-        ("training step alone", f.step, f"views {f.render_share:.0%}, EMA {f.ema_share:.0%} of it"),
+        ("training step alone", f.step, _parts_of_step(f)),
         ("everything together", f.loop, f"waits for data {f.data_wait:.0%} of the time"),
         ("evaluation, reading included", f.evaluate, ""),
     ]
@@ -129,3 +129,8 @@ def table(f: Figures) -> list[str]:
 
 def _of_files(rate: Rate) -> str:
     return f"{rate.mb_s:.0f} MB/s, {rate.from_disk:.0%} from disk"
+
+
+def _parts_of_step(f: Figures) -> str:
+    views = "" if f.render_share is None else f"views {f.render_share:.0%}, "
+    return f"{views}EMA {f.ema_share:.0%} of it"

@@ -11,17 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
-from datasets.bags import Bags, EvalParts
+from datasets.bags import Bags, TrainBags
+from datasets.eval_parts import EvalParts, PartPlan
+from datasets.eval_reading import EvalReader
+from datasets.full_bags import FullBags, rehearsal
 from datasets.label_types import Fold
-from datasets.loaders import eval_loader, shard
+from datasets.loaders import shard
 from engine import memory
 from engine.bench_supply import Amount, flow
 from engine.evaluate import predict
 from engine.learner import Learner
-from engine.progress import Meter
+from engine.progress import HostCopy, Meter
 from engine.setup import Setup
 from engine.timing import seconds_per_call, wait_for
-from engine.validation import loader_options
+from engine.validation import loader_options, part_plan
 from utils.dist import Processes
 from utils.seed import seed_all, step_seed
 
@@ -44,12 +47,12 @@ class Step:
     Attributes:
         rate: the bare step.
         copy: host memory to GPU; None on a CPU.
-        render_share, ema_share: shares of the step.
+        render_share, ema_share: shares of the step; None where nothing is rendered in one go.
     """
 
     rate: float
     copy: float | None
-    render_share: float
+    render_share: float | None
     ema_share: float
 
 
@@ -79,22 +82,50 @@ class TrainingStages:
         """The training step on batches that are on the device already, its parts, and the copy of a batch."""
         begin_stage(self.processes, "training step, batches on the device (compiling and choosing kernels first)")
         copy = None
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and len(first.instances) and not first.instances.is_cuda:
             copy = sum(first.sizes) / seconds_per_call(lambda: first.to(self.device), self.device, 5)
-        held = [self._held(first), *(self._held(next(self.batches)) for _ in range(HELD - 1))]
+        held = self._held(first)
         steps = itertools.cycle(held)
-        for _ in held:
-            self._train(next(steps))
-        count = self._agreed(seconds / self._timed(steps, 1)[0])
-        took, done = self._timed(steps, count)
+        self._warm_up(steps, len(held), seconds)
+        took, done = self._timed(steps, 1)
+        if self._agreed(seconds / took) > 1:
+            took, done = self._timed(steps, self._agreed(seconds / took))
         return Step(done / took, copy, *self._parts(held[0], took / done))
 
-    def _held(self, bags: Bags) -> Bags:
-        """``bags`` on the device, in memory of their own: that of a batch is filled again."""
-        instances = bags.instances.to(self.device, copy=True)
-        own = dataclasses.replace(bags.to(self.device), instances=instances)
-        wait_for(self.device)
-        return own
+    def _held(self, first: Bags) -> list[Bags]:
+        """Batches on the device, in memory of their own: that of a batch is filled again."""
+        if self.setup.chunks is not None:
+            return [self._rehearsed(first)]
+        held = []
+        for bags in (first, *itertools.islice(self.batches, HELD - 1)):
+            instances = bags.instances.to(self.device, copy=True)
+            held.append(dataclasses.replace(bags.to(self.device), instances=instances))
+            wait_for(self.device)
+        return held
+
+    def _rehearsed(self, first: Bags) -> Bags:
+        """A batch of whole bags whose patches are those of one part over and over, on the device."""
+        setup, fold = self.setup, self.fold
+        assert isinstance(first, FullBags)
+        assert setup.chunks is not None
+        data = TrainBags(fold.train, setup.sources.train, setup.plan, setup.views, fold.seed)
+        bags, _ = rehearsal(data, [(0, i) for i in first.index], setup.chunks)
+        sizes = [end - begin for begin, end in setup.chunks.spans(sum(bags.sizes))]
+        part = next(bags.parts)  # the first; no other one is larger
+        patches = part.instances.to(self.device)
+        parts = [dataclasses.replace(part, instances=patches[:size]) for size in sizes]
+        for _ in self._pieces_of(first):
+            pass  # the stream goes on behind this batch
+        return dataclasses.replace(bags, parts=itertools.cycle(parts))
+
+    def _warm_up(self, batches: Iterator[Bags], count: int, seconds: float) -> None:
+        """A few steps that do not count; fewer on a device on which one takes longer than ``seconds``."""
+        begin = time.perf_counter()
+        for _ in range(count):
+            self._train(next(batches))
+            wait_for(self.device)
+            if self.processes.gather(time.perf_counter() - begin > seconds)[0]:
+                return
 
     def _timed(self, batches: Iterator[Bags], count: int) -> tuple[float, int]:
         """Seconds and instances of ``count`` steps."""
@@ -116,26 +147,48 @@ class TrainingStages:
             return self.learner.step(bags, divide_by=group, update=last or (number + 1) % group == 0)
 
     def _agreed(self, count: float) -> int:
-        """Steps that every process does: they wait for each other in each one."""
+        """Steps that every process does, as the first one says: they wait for each other in each one."""
         return max(int(self.processes.gather(count)[0]), 1)
 
-    def _parts(self, bags: Bags, seconds_each: float) -> tuple[float, float]:
+    def _parts(self, bags: Bags, seconds_each: float) -> tuple[float | None, float]:
         """Shares of the step that rendering and the moving average of the weights take."""
         whole, group = sum(bags.sizes) * seconds_each, self.setup.config.train.accumulation_steps
         renderer, ema = self.learner.renderer, self.learner.ema
-        rendering = averaging = 0.0
-        if renderer is not None:
-            rendering = seconds_per_call(lambda: renderer(bags.instances, bags.draws), self.device, 3)
+        rendering, averaging = None, 0.0
+        if renderer is not None and len(bags.instances):
+            rendering = seconds_per_call(lambda: renderer(bags.instances, bags.draws), self.device, 3) / whole
         if ema is not None:
             averaging = seconds_per_call(lambda: ema.update(self.learner.model), self.device, 3) / group
-        return rendering / whole, averaging / whole
+        return rendering, averaging / whole
 
     def loader(self, seconds: float) -> float:
         """Batches as training makes them, which nobody uses: instances per second. None is left ready behind it."""
         begin_stage(self.processes, "batches, nobody using them")
         ready = self.workers * self.setup.config.data.prefetch_factor
-        pieces = (Amount(sum(bags.sizes), 0) for bags in self.batches)
-        return flow(pieces, ready, max(self.workers, 1), seconds).per_s
+        rest: Iterator[Amount] = iter(())
+
+        def pieces() -> Iterator[Amount]:
+            nonlocal rest
+            for bags in self.batches:
+                rest = self._pieces_of(bags)
+                yield from rest
+
+        rate = flow(pieces(), ready, max(self.workers, 1), seconds).per_s
+        for _ in rest:
+            pass  # the loop begins with a new batch
+        return rate
+
+    def _pieces_of(self, bags: Bags) -> Iterator[Amount]:
+        """What a batch comes in, one behind another: itself, or parts of whole bags, of which some come twice."""
+        count = sum(bags.sizes)
+        if not isinstance(bags, FullBags) or self.setup.chunks is None:
+            yield Amount(count, 0)
+            return
+        left = read = self.setup.chunks.read(count)
+        while left > 0:
+            size = len(next(bags.parts).instances)
+            left -= size
+            yield Amount(size * count / read, 0)
 
     def loop(self, seconds: float, expected: float) -> tuple[float, float]:
         """Everything together.
@@ -148,18 +201,17 @@ class TrainingStages:
             Instances per second, and the share of the time spent waiting for data.
         """
         begin_stage(self.processes, "everything together")
-        for _ in range(2):
-            self._train(next(self.batches))
-        wait_for(self.device)
+        self._warm_up(self.batches, 2, seconds)
         count = self._agreed(seconds * expected / self._size)
         meter, before = Meter(), None
         for k in range(count):
             bags = meter.wait(self.batches)
             seed_all(step_seed(self.fold.seed, 0, k, self.processes.rank))
             loss = self._train(bags, k, last=k + 1 == count)
+            meter.waited += bags.waited
             if before is not None:
-                float(before)  # training, too, looks at each loss one step later
-            before = loss
+                before.value()  # training, too, looks at each loss one step later
+            before = HostCopy(loss)
         wait_for(self.device)
         return meter.rate, meter.data_share
 
@@ -181,12 +233,14 @@ def evaluation_rate(setup: Setup, fold: Fold, learner: Learner, seconds: float, 
     mine = list(shard(len(samples), processes.rank, processes.world))
     if not mine:
         return 0.0
-    data, part = setup.config.data, 1 << 40
+    data, plan = setup.config.data, part_plan(setup)
     if setup.encoder is not None:
-        part = min(setup.config.eval.p_batch_size_v, max(int(trained), LEAST_PART))
-    parts = EvalParts(samples, setup.sources.test, part, mine * max(BAGS // len(mine), 1))
+        most = max(int(trained), LEAST_PART)
+        plan = PartPlan(min(plan.run, most), min(plan.call, most), plan.read)
+    parts = EvalParts(samples, setup.sources.test, plan, mine * max(BAGS // len(mine), 1))
     workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
-    timed = _Timed(eval_loader(parts, loader_options(setup, processes, workers)), seconds, processes.device)
+    reader = EvalReader({"all": parts}, loader_options(setup, processes, workers), processes.device)
+    timed = _Timed(reader.read("all"), seconds, processes.device)
     alone = Processes(0, 1, processes.device)
     with memory.explained(memory.Load(), setup.config, training=False):
         predict(learner.model, timed, learner.renderer, learner.precision, alone)
@@ -194,18 +248,18 @@ def evaluation_rate(setup: Setup, fold: Fold, learner: Learner, seconds: float, 
 
 
 class _Timed:
-    """Parts of an evaluation until the time is up; the first one does not count, as kernels are chosen in it."""
+    """Encoder calls of an evaluation until the time is up; the first does not count, as kernels are chosen in it."""
 
-    def __init__(self, parts: Iterable[Bags], seconds: float, device: torch.device) -> None:
-        self.parts, self.seconds, self.device = parts, seconds, device
+    def __init__(self, calls: Iterable[Bags], seconds: float, device: torch.device) -> None:
+        self.calls, self.seconds, self.device = calls, seconds, device
         self.rate = 0.0
 
     def __iter__(self) -> Iterator[Bags]:
-        parts, count = iter(self.parts), 0
-        yield dataclasses.replace(next(parts), last=True)
+        calls, count = iter(self.calls), 0
+        yield dataclasses.replace(next(calls), last=True)
         wait_for(self.device)
         begin = time.perf_counter()
-        for bags in parts:
+        for bags in calls:
             over = time.perf_counter() - begin > self.seconds
             count += sum(bags.sizes)
             yield dataclasses.replace(bags, last=bags.last or over)

@@ -26,7 +26,7 @@ PAGE_BYTES = 4096
 class Amount:
     """What one piece of work handled: instances, their bytes, and those of them that had to come from the disk."""
 
-    instances: int
+    instances: float
     bytes: int
     fetched: int = 0
 

@@ -19,8 +19,8 @@ FROM_DISK = 0.05
 HALF = 0.5
 """What takes more than half of the time that a batch needs on its way is what limits the way."""
 
-SPARE = 1.1
-"""Data that come 10 % faster than they are used keep the queue filled in spite of bags of unequal size."""
+SPARE = 1.2
+"""Data that come this much faster than they are used keep the queue filled in spite of bags of unequal size."""
 
 WORTH_SAYING = 0.1
 """Shares of a step from which on they are worth a sentence."""
@@ -77,7 +77,7 @@ def _taking_turns(f: Figures) -> float:
 def verdict(f: Figures) -> list[str]:
     """Sentences: what limits training, by how much, what to change, and what the figures do not tell."""
     limit = limit_of(f)
-    return [_headline(f, limit), *_advice(f, limit), *_about_the_disk(f, limit)]
+    return [_headline(f, limit), *_doubt(f), *_advice(f, limit), *_about_the_disk(f, limit)]
 
 
 def _headline(f: Figures, limit: str) -> str:
@@ -98,6 +98,14 @@ def _headline(f: Figures, limit: str) -> str:
     )
 
 
+def _doubt(f: Figures) -> Iterator[str]:
+    if f.loop * NEAR > f.step:
+        yield (
+            "The loop was faster than its own step, so other programs used this machine meanwhile, or the bags differ "
+            "much in size: bench again, with more --seconds."
+        )
+
+
 def _rates_of_decoding(f: Figures) -> str:
     if f.supply.decode_one is None or f.supply.decode_all is None:
         return ""
@@ -116,7 +124,7 @@ def _advice(f: Figures, limit: str) -> Iterator[str]:
         yield from _fewer_processes(f)
     if limit == COPYING:
         yield from _faster_copies(f)
-    if limit == DISK or disk_is_slow(f):
+    if limit == DISK:
         yield from _faster_disk(f)
     if f.setting.unit == "features" and limit in (DISK, READING, PASSING_ON):
         yield from _features_in_memory(f)
@@ -136,7 +144,7 @@ def _faster_device(f: Figures) -> Iterator[str]:
     given = [offer for offer in offers if offer]
     if given:
         yield f"Not in use, and worth a second bench: {', '.join(given)}."
-    if f.render_share > WORTH_SAYING:
+    if f.render_share is not None and f.render_share > WORTH_SAYING:
         yield f"Rendering the random views takes {f.render_share:.0%} of the step."
     if f.ema_share > WORTH_SAYING:
         yield f"The moving average of the weights takes {f.ema_share:.0%} of the step; --test_type=main needs none."
@@ -150,7 +158,7 @@ def _more_processes(f: Figures) -> Iterator[str]:
     wanted = math.ceil(SPARE * f.step / each / s.processes) * s.processes
     if s.workers == 0 and s.room < s.processes:
         yield f"The training process reads, and there is no second core for a reading process ({s.cores} in all)."
-    elif wanted <= max(s.room, s.readers):
+    elif wanted <= s.room:
         yield (
             f"Give --num_workers={max(wanted // s.processes, 1)} (now {s.workers}): a process prepares "
             f"{number(each)} {s.unit}/s, and {s.cores} core(s) may be used."
@@ -255,6 +263,7 @@ def _about_the_disk(f: Figures, limit: str) -> Iterator[str]:
         yield (
             f"The disk will limit the first epoch: {f.supply.read_all.from_disk:.0%} of the {s.unit} came from it, at "
             f"{number(f.supply.read_all.per_s)} {s.unit}/s, {until} (training reads from {size})."
+            + ("" if s.staged else " A copy on a disk of this machine, --stage_to=FOLDER, is made in one go.")
         )
     else:
         yield _if_it_fits(s)
