@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The views of ``datasets.views`` as one Triton kernel: every output pixel gathers the few stored pixels that it needs.
 
-The two matrix products are exact and run everywhere, but their matrices and intermediate images are ten times the
-memory traffic of the patches themselves. Here a patch is read once and its view written once. ``datasets.views`` imports
-this file only where Triton can run.
+The two matrix products run everywhere, but their matrices and intermediate images are ten times the memory traffic of
+the patches themselves. Here a patch is read once and its view written once. ``datasets.views`` imports this file only
+where Triton can run.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def render(
         patches: (P, S, S, 3) uint8.
         draws: (P, 8) float32 on the same device, columns as in ``datasets.views``; or (1, 8) for all patches.
         result: (P, 3, C, C), float32 or a half precision, any strides.
-        mean, std: per channel on the scale 0..1.
+        mean: per channel on the scale 0..1.
+        std: per channel on the scale 0..1.
     """
     patches, stored, out = patches.contiguous(), patches.shape[1], result.shape[-1]
     taps = math.ceil(2 * max(1.0, stored / out))
