@@ -70,6 +70,8 @@ def fused_stem(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor | None:
     Returns:
         None where the plain modules must do it: other norms (SyncBatchNorm), layouts, types and devices.
     """
+    if not _runs_on(x):
+        return None
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not (isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and _takes(norm, x)):
@@ -89,10 +91,14 @@ def fused_stem(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor | None:
     return fused
 
 
+def _runs_on(x: Tensor) -> bool:
+    return x.is_cuda and _kernels_run()
+
+
 def _takes(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     plain = norm.affine and norm.weight.dtype == torch.float32 and norm.running_mean is not None
     laid_out = x.dim() == 4 and x.shape[1] == 3 and x.is_contiguous(memory_format=torch.channels_last)
-    return plain and laid_out and len(x) > 0 and x.dtype in (*HALF, torch.float32) and x.is_cuda and _kernels_run()
+    return plain and laid_out and len(x) > 0 and x.dtype in (*HALF, torch.float32)
 
 
 def _evaluate(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
