@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import modules.heads  # noqa: F401  (fills the registry)
 from datasets.bags import Bags
-from datasets.loaders import shard
+from datasets.loaders import TrainStream, shard
 from engine.learner import Learner
 from engine.multilabel import MultilabelTask
 from engine.regression import RegressionTask
@@ -179,6 +179,24 @@ def test_processes_agree_also_where_they_cannot_equal_one(results: dict[int, Any
             for own, gradients in zip(other[name]["gradients"], first["gradients"], strict=True):
                 for key, gradient in gradients.items():
                     torch.testing.assert_close(own[key], gradient)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(16, 2), (7, 1), (7, 3), (1, 4), (12, 2)])
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_every_bag_counts_once_in_an_epoch_and_in_the_step_of_one_process(
+    count: int, batch_size: int, world: int
+) -> None:
+    options = {"seed": 4, "drop_last": False, "epochs": (2, 3)}
+    alone = list(TrainStream(count, batch_size * world, **options))
+    streams = [TrainStream(count, batch_size, rank=rank, world=world, **options) for rank in range(world)]
+    batches = [list(stream) for stream in streams]
+    for step, whole in enumerate(alone):
+        counts = streams[0].counts(step)
+        assert max(counts) - min(counts) <= 1
+        assert max(counts) <= batch_size
+        assert all(batches[rank][step] for rank in range(world)), "a process without a batch would not take part"
+        assert sum((batches[rank][step][: counts[rank]] for rank in range(world)), []) == whole
+    assert sorted(p for batch in alone for _, p in batch) == list(range(count))
 
 
 def test_synchronised_layers_keep_names_values_and_what_evaluation_says() -> None:

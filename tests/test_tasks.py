@@ -150,6 +150,20 @@ def test_binary_cross_entropy_counts_known_labels_only() -> None:
     assert losses.binary_cross_entropy(logits, torch.full((2, 2), -1)) == 0
 
 
+def test_balanced_positives_weigh_as_much_as_the_negatives_of_their_label() -> None:
+    targets = [{"a": int(i < 2), "b": int(i < 6) if i < 8 else -1, "c": 0} for i in range(10)]
+    task = task_builder.build(config(class_weights="balanced"), *cohort("multilabel", targets), 1)
+    assert isinstance(task, MultilabelTask)
+    assert task.positive_weights == (8 / 2, 2 / 6, 1.0)
+    assert task.facts()["class_weights"] == [4.0, 2 / 6, 1.0]
+    logits = torch.zeros(10, 3, requires_grad=True)
+    task.loss(logits, {k: torch.tensor([t[k] for t in targets]) for k in "abc"}).backward()
+    assert logits.grad is not None
+    assert logits.grad.sum(0)[:2].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)  # at p = 1/2 both pull alike
+    listed = task_builder.build(config(class_weights="1,2,0.5"), *cohort("multilabel", targets), 1)
+    assert listed.facts()["class_weights"] == [1.0, 2.0, 0.5]
+
+
 def multilabel_set(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     label = (rng.random((n, 3)) < (0.5, 0.2, 0.7)).astype(int)
@@ -302,6 +316,9 @@ def test_the_report_names_classes_and_confusion_rows_are_labels() -> None:
         ("regression", "clam_mb", {}, "instance loss needs one class"),
         ("regression", "abmil", {"class_weights": "balanced"}, "class_weights needs classes"),
         ("survival", "abmil", {"balanced_sampling": True}, "balanced_sampling needs classes"),
+        ("survival", "abmil", {"class_weights": "1,2,3"}, "class_weights needs classes"),
+        ("multilabel", "abmil", {"balanced_sampling": True}, "--class_weights=balanced weighs the positives"),
+        ("multilabel", "abmil", {"class_weights": "1,2"}, "3 positive numbers"),
         ("classification", "abmil", {"class_weights": "1,2"}, "3 positive numbers"),
         ("classification", "abmil", {"class_weights": "1,2,-3"}, "3 positive numbers"),
         ("classification", "abmil", {"class_weights": "even"}, "3 positive numbers"),
