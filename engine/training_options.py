@@ -73,6 +73,9 @@ def _check_full_bag(config: Config, faults: Faults) -> None:
         ),
         "processes have different numbers of encoder calls, and --sync_bn would let them wait for each other: remove "
         "--sync_bn, or take an encoder without BatchNorm": train.sync_bn,
+        "every chunk size would be recorded as a CUDA graph of its own: give --torchcompile_mode=default": (
+            train.torchcompile and train.torchcompile_mode != "default"
+        ),
         "only one encoder call's activations are held anyway: remove --grad_checkpointing": train.grad_checkpointing,
     }
     for reason, applies in reasons.items():

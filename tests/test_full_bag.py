@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import modules.heads  # noqa: F401  (fills the registry)
 from datasets.bags import PixelSource, SamplingPlan, TrainBags
-from datasets.full_bags import ChunkPlan, FullBags, full_bag_batches, rehearsal
+from datasets.full_bags import PART, ChunkPlan, FullBags, full_bag_batches, rehearsal
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream
 from datasets.positions import Grid
@@ -330,6 +330,7 @@ def test_all_patches_come_first_and_then_those_that_were_not_kept(count: int, ke
     assert stay <= keep
     assert read == [*range(count), *range(stay, count - sizes[-1])]
     assert plan.read(count) == len(read)
+    assert all(end - begin <= PART for begin, end in plan.spans(count))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])

@@ -128,6 +128,7 @@ def test_too_little_memory_names_bags_patches_and_options(
         ("--pad_enc_bs", "remove --pad_enc_bs"),
         ("--sync_bn", "would let them wait for each other"),
         ("--grad_checkpointing", "remove --grad_checkpointing"),
+        ("--torchcompile --torchcompile_mode=max-autotune", "give --torchcompile_mode=default"),
         ("--model=abmilx", "give a model e2e_<encoder>_<mil>"),
         ("--full_bag_keep=-1", "full_bag_keep is -1, but must not be negative"),
         ("--no_full_bag --full_bag_keep=5", "nothing is kept without --full_bag"),
