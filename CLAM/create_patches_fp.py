@@ -21,7 +21,8 @@ for _folder in (ROOT, ROOT / "CLAM"):
 
 from batch import over_processes, usable_cpus  # noqa: E402
 from cohort_page import write_cohort_page  # noqa: E402
-from jobs import Job, Outcome, Steps  # noqa: E402
+from jobs import OUTPUTS, Job, Outcome, Steps  # noqa: E402
+from leftovers import remove_leftovers  # noqa: E402
 from magnification import Request  # noqa: E402
 from one_slide import process  # noqa: E402
 from params import PARAM_NAMES, SlideParams, read_preset, typed  # noqa: E402
@@ -156,16 +157,25 @@ def run(args: argparse.Namespace) -> int:
     log.info("%s", table(findings))
     if args.on_error == "fail" and any(f.fault for f in findings):
         raise UserError("Stopped before work, as --on_error fail asks: slides above cannot be read as asked.")
-    for folder in ("patches", "masks", "stitches"):
-        (args.save_dir / folder).mkdir(parents=True, exist_ok=True)
     shard = f"_{args.shard.replace('/', 'of')}" if args.shard else ""
-    ledger = Ledger(args.save_dir / f"process_list_autogen{shard}.csv", rows)
+    list_name, page_name = f"process_list_autogen{shard}.csv", f"cohort{shard}.html"
+    _prepare(args.save_dir, jobs, (list_name, page_name))
+    ledger = Ledger(args.save_dir / list_name, rows)
     try:
         _work(jobs, todo, ledger, args)
     finally:
         ledger.write()
-    page = write_cohort_page(args.save_dir, rows, f"cohort{shard}.html")
+    page = write_cohort_page(args.save_dir, rows, page_name)
     return _report(todo, ledger.path, page)
+
+
+def _prepare(save_dir: Path, jobs: Sequence[Job], files: Sequence[str]) -> None:
+    """Makes the folders of the results, and removes what a killed run left half-written in them."""
+    remove_leftovers(save_dir, files)
+    for folder, suffix in OUTPUTS.items():
+        if folder != "geojson":
+            (save_dir / folder).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(save_dir / folder, (job.output(folder, suffix).name for job in jobs))
 
 
 def _work(jobs: Sequence[Job], todo: Sequence[Row], ledger: Ledger, args: argparse.Namespace) -> None:

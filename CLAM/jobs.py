@@ -19,6 +19,9 @@ from utils.errors import UserError
 BEST_DOWNSAMPLE = 64
 """Segmentation and pictures use the level that OpenSlide calls best for this downsample."""
 
+OUTPUTS = {"patches": ".h5", "masks": ".jpg", "stitches": ".jpg", "geojson": ".geojson"}
+"""Folders of results, and the extension of a slide's file there."""
+
 SLIDE_ERRORS = (
     UserError,
     OSError,

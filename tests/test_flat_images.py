@@ -23,6 +23,7 @@ for folder in (str(ROOT), str(ROOT / "CLAM")):
     if folder not in sys.path:
         sys.path.insert(0, folder)
 
+import flat_tiff  # noqa: E402, F401  (before the limits below are lowered)
 import slide_image  # noqa: E402
 import spooled  # noqa: E402
 from image_probe import damage, held_bytes  # noqa: E402
@@ -205,6 +206,23 @@ def test_a_cut_uncompressed_file_keeps_the_rows_that_are_there(tmp_path, everyth
         np.testing.assert_array_equal(slide.read_region((0, 0), 0, (WIDTH, 40)), picture()[:40])
         with pytest.raises(RegionError, match=r"a\.ppm.*ends"):
             slide.read_region((0, 60), 0, (10, 10))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_the_temporary_file_has_no_name_and_ends_with_the_slide(name, tmp_path, everything_is_large, temporary):
+    """So a killed process leaves nothing."""
+    image("RGB").save(tmp_path / name, **({"compression": "tiff_lzw"} if name == "a.tif" else {}))
+    with open_slide(tmp_path / name) as slide:
+        slide.read_region((0, 0), 0, (5, 5))
+        assert spooled_bytes() == 3 * WIDTH * HEIGHT
+        assert not list(temporary.iterdir())
+    assert spooled_bytes() == 0
+
+
+def spooled_bytes() -> int:
+    """Size of the nameless files that this process holds open."""
+    links = [link for link in Path("/proc/self/fd").iterdir() if "temporary" in str(link.resolve())]
+    return sum(link.stat().st_size for link in links)
 
 
 def test_no_room_for_the_decoded_image_is_said_with_the_remedy(tmp_path, everything_is_large, monkeypatch):
