@@ -37,6 +37,7 @@ from engine.experiment import set_precision
 from engine.fold import build_learner, training_batches, training_stream
 from engine.records import Records, environment, run_folder
 from engine.setup import Setup, prepare
+from engine.staging import staged
 from engine.validation import loader_options
 from utils.config import Config
 from utils.cores import usable_cores
@@ -77,7 +78,7 @@ def bench(config: Config, processes: Processes, seconds: float = SECONDS) -> Fig
         UserError: for faults in what the user gave, or too little memory.
     """
     set_precision(config)
-    setup = prepare(config)
+    setup = staged(prepare(config), processes)
     figures = measure(setup, setup.cohort.folds[0], processes, seconds)
     sentences = verdict(figures)
     for line in (*table(figures), *sentences):
