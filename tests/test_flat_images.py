@@ -208,6 +208,7 @@ def test_a_cut_uncompressed_file_keeps_the_rows_that_are_there(tmp_path, everyth
             slide.read_region((0, 60), 0, (10, 10))
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="open files are read from Linux's /proc")
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_the_temporary_file_has_no_name_and_ends_with_the_slide(name, tmp_path, everything_is_large, temporary):
     """So a killed process leaves nothing."""
@@ -221,8 +222,8 @@ def test_the_temporary_file_has_no_name_and_ends_with_the_slide(name, tmp_path, 
 
 def spooled_bytes() -> int:
     """Size of the nameless files that this process holds open."""
-    links = [link for link in Path("/proc/self/fd").iterdir() if "temporary" in str(link.resolve())]
-    return sum(link.stat().st_size for link in links)
+    links = list(Path("/proc/self/fd").iterdir())
+    return sum(link.stat().st_size for link in links if link.exists() and "/temporary/" in os.readlink(link))
 
 
 def test_no_room_for_the_decoded_image_is_said_with_the_remedy(tmp_path, everything_is_large, monkeypatch):
