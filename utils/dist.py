@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,7 +115,11 @@ def processes(device: str = "auto", timeout_minutes: int = 30) -> Iterator[Proce
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     own = Processes(rank, world, place, local_rank=local_rank, local_world=local_world)
     with own.stop.listening():
-        yield own
+        try:
+            yield own
+        except BaseException:
+            _end_reading_processes()
+            raise
     if world > 1:  # not behind an exception: the peers would be waited for, and torchrun is about to end them
         dist.destroy_process_group()
 
@@ -134,6 +140,20 @@ def planned_processes(argv: Sequence[str]) -> tuple[int, list[str]]:
     if not text.isdecimal() or int(text) < 1:
         raise UserError(f"processes is {text!r}, but must be a number of 1 or more. Give --processes=4, for example.")
     return int(text), rest
+
+
+def _end_reading_processes() -> None:
+    """They ignore SIGTERM, with which Python ends them when it exits: behind an error it would wait for ever."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error of its own about their end
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` is about another process that ended, which has said why itself."""
+    said = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in said)
 
 
 def _end_with_the_launcher() -> None:
