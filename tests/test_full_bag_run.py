@@ -13,8 +13,11 @@ from test_resume import assert_same_run, kill_until_done, log_of
 from tiny import TinyCohort, make_tiny_cohort
 
 import main
+from engine.training_options import check_training_options
 from modules.model import SlideModel
+from utils.options import parse
 
+ROOT = Path(main.__file__).parent
 BATCH_NORM_ENCODER = "--model=e2e_timm:test_resnet_abmilx"
 LAYER_NORM_ENCODER = "--model=e2e_timm:test_convnext_abmilx"
 WHOLE = ("--same_psize=0", "--p_batch_size=5", "--img_transform=strong", "--crop_size=28")
@@ -116,6 +119,13 @@ def test_too_little_memory_names_bags_patches_and_options(
     assert run(tiny, tmp_path, "--full_bag", "--batch_size=1") == 2
     assert "training on P" in caplog.text
     assert "5 per encoder call). Give --amp, or lower --full_bag_keep (now 16384)" in caplog.text
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "config" / "e2e").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_layer_fits_every_end_to_end_recipe(recipe: Path) -> None:
+    config, _ = parse(["-c", f"{recipe},{ROOT / 'config' / 'full_bag.yaml'}"])
+    check_training_options(config)
+    assert config.train.full_bag
 
 
 @pytest.mark.parametrize(
