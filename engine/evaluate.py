@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -40,6 +41,16 @@ class Predictions:
         return cls(index[order], torch.cat([p.logits for p in present])[order], target)
 
 
+@contextlib.contextmanager
+def fixed_kernels() -> Iterator[None]:
+    """No search for the fastest kernel: the last encoder call of nearly every bag has a size never seen before."""
+    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = searching
+
+
 @torch.inference_mode()
 def predict(
     model: SlideModel,
@@ -69,7 +80,7 @@ def predict(
     index: list[int] = []
     logits: list[Tensor] = []
     targets: list[dict[str, Tensor]] = []
-    with precision.autocast():  # entered once, so that weights are converted once
+    with precision.autocast(), fixed_kernels():  # entered once, so that weights are converted once
         for bags in calls:
             if processes.stop.by is not None:
                 break

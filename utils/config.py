@@ -121,7 +121,14 @@ class DataConfig:
     num_workers: int = option(6, "reading processes for training")
     num_workers_test: int | None = option(None, "reading processes for evaluation; default: num_workers")
     prefetch_factor: int = option(2, "batches that each reading process keeps ready")
-    pin_memory: bool = option(False, "page-locked host memory for faster copies to the GPU")
+    jpeg_decoder: str = option(
+        "auto",
+        "who decodes patches; auto: the GPU (nvJPEG) where this process has few CPU cores, else the reading processes",
+        ("auto", "cpu", "gpu"),
+    )
+    pin_memory: bool = option(
+        True, "page-locked host memory, from which a GPU copies beside its work; --no_pin_memory: pageable memory"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
