@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from utils.dist import planned_processes, processes
+from utils.dist import lost_peer, planned_processes, processes
 from utils.errors import UserError
 from utils.log import set_up_logging
 from utils.options import parse
@@ -93,6 +93,11 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         log.error("interrupted")
         return 130
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        log.error("ends, because another process of the run has ended: what that one said is the cause")
+        return 1
     return 0
 
 

@@ -76,12 +76,13 @@ def plant(kind: str, phase: str, on_rank: int, rank: int) -> None:
 @pytest.mark.parametrize("kind", list(CAUSES))
 def test_a_fault_on_one_process_ends_the_other(tiny: TinyCohort, tmp_path: Path, kind: str, phase: str) -> None:
     """Also where no launcher looks after the processes: what they do together fails when one is gone."""
-    options = tiny.options(ENCODER, "--batch_size=2", "--num_epoch=1")
+    options = tiny.options(ENCODER, "--batch_size=2", "--num_epoch=1", "--num_workers=1")
     codes, said = train_with_fault(options, tmp_path, functools.partial(plant, kind, phase, 1))
     cause, status = CAUSES[kind]
     assert codes[1] == status, said
     assert codes[0] not in (0, None), said
     assert cause in said
+    assert said.count("Traceback") == (kind == "exception"), "the other process hides the cause"
 
 
 def launched(command: list[str], environment: dict[str, str]) -> tuple[int, str, float]:
