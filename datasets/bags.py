@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -111,6 +111,9 @@ def _received(value: Any) -> Any:
 class Source(Protocol):
     """Where the instances of a bag come from."""
 
+    coded: ClassVar[bool]
+    """Whether instances are JPEGs that somebody has to decode (datasets.coded)."""
+
     @property
     def grid(self) -> Grid | None:
         """Positions of the instances; None where no head asks for them."""
@@ -132,6 +135,10 @@ class Source(Protocol):
         """The instances ``picks`` of one slide, in that order; in ``out``, where it is given."""
         ...
 
+    def at(self, epoch: int, position: int) -> Source:
+        """What the training batch that begins with the bag at ``position`` reads from."""
+        ...
+
 
 @dataclass(frozen=True)
 class PixelSource:
@@ -140,6 +147,10 @@ class PixelSource:
     store: PatchStore
     order: str = "rgb"
     grid: Grid | None = None
+    coded: ClassVar[bool] = False
+
+    def at(self, epoch: int, position: int) -> PixelSource:
+        return self
 
     def count(self, slide: str) -> int:
         return self.store.counts[slide]
@@ -185,6 +196,10 @@ class FeatureSource:
 
     folder: FeatureFolder
     grid: Grid | None = None
+    coded: ClassVar[bool] = False
+
+    def at(self, epoch: int, position: int) -> FeatureSource:
+        return self
 
     def count(self, slide: str) -> int:
         return self.folder.counts[slide]
@@ -345,13 +360,12 @@ class TrainBags(Dataset[Bags]):
     def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Bags:
         """The batch of the bags at ``keys``, each an (epoch, position)."""
         bags = [self._draw(epoch, position) for epoch, position in keys]
+        sources = [source.at(*keys[0]) for source in self.sources]
         segments = [
-            (source, bag.sample.slides, picks)
-            for bag in bags
-            for source, picks in zip(self.sources, bag.picks, strict=True)
+            (source, bag.sample.slides, picks) for bag in bags for source, picks in zip(sources, bag.picks, strict=True)
         ]
         batch, slot, form = self._described(bags), None, None
-        if self.ring is not None:
+        if self.ring is not None and not sources[0].coded:
             form = common_form(source.form(slide) for source, slides, _ in segments for slide in slides)
             slot = self.ring.take() if self.ring.fits(sum(batch.sizes), form) else None
         batch.instances, batch.slot, batch.form = self.load(segments, slot, form), slot, form
@@ -392,7 +406,7 @@ class TrainBags(Dataset[Bags]):
         """The instances of ``segments`` one behind another; in buffer ``slot`` of the ring, where one is given."""
         total = sum(len(picks) for _, _, picks in segments)
         if self.ring is None or slot is None:
-            room = self.sources[0].room(total)
+            room = segments[0][0].room(total)
         else:
             room = self.ring.buffers[slot][:total] if form is None else self.ring.view(slot, total, form)
         parts, begin = [], 0

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.ahead import in_thread
 from datasets.bags import Bags
+from datasets.coded import decoded
 from datasets.eval_parts import EvalParts
 from datasets.loaders import LoaderOptions, quiet_worker
 from datasets.ring import BatchRing, ring_for
@@ -75,7 +76,7 @@ class EvalReader:
         if len(parts) == 0:
             return
         direct = self.options.workers == 0 and (not self.options.pin or parts.in_memory)
-        if not direct and self._ring is None:
+        if not direct and self._ring is None and self._loader is None:
             self._start()
         source: Iterable[Bags] = map(parts.__getitem__, range(len(parts)))
         if self._loader is not None:
@@ -84,18 +85,19 @@ class EvalReader:
         elif not direct:
             source = in_thread(source, self.options.prefetch)
         try:
-            yield from on_device(source, self.device, self._ring)
+            yield from on_device(decoded(source, self.options.decoder), self.device, self._ring)
         except BaseException:
             self._stop()  # parts are under way in buffers that nobody would give back
             raise
 
     def _start(self) -> None:
         workers, prefetch = self.options.workers, self.options.prefetch
-        largest = max(parts.largest_bytes() for parts in self.splits.values() if len(parts))
-        self._ring = ring_for(workers, prefetch, largest, self.options.pin)
-        self._close = weakref.finalize(self, self._ring.close)
-        for parts in self.splits.values():
-            parts.ring = self._ring
+        if self.options.decoder is None:  # JPEGs are small and of every size
+            largest = max(parts.largest_bytes() for parts in self.splits.values() if len(parts))
+            self._ring = ring_for(workers, prefetch, largest, self.options.pin)
+            self._close = weakref.finalize(self, self._ring.close)
+            for parts in self.splits.values():
+                parts.ring = self._ring
         if workers > 0:
             self._loader = DataLoader(
                 _Splits(self.splits),

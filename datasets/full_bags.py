@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.bags import Bags, Segment, TrainBags, bag_size
+from datasets.coded import decoded
 from datasets.loaders import LoaderOptions, TrainStream, emptied, quiet_worker
 from datasets.ring import BatchRing
 from utils.chunks import equal_split
@@ -171,7 +172,7 @@ def full_bag_batches(
     Reading processes live as long as the iterator, and read ahead into the second pass and the next batch.
     """
     ring = None
-    if options.workers > 0:
+    if options.workers > 0 and options.decoder is None:
         shape = (min(plan.chunk, PART), _side_px(bags), _side_px(bags), 3)
         ring = bags.ring = BatchRing(options.workers, options.prefetch, shape, options.pin)
     loader: DataLoader[Bags] = DataLoader(
@@ -180,12 +181,13 @@ def full_bag_batches(
         batch_size=None,  # an item is a part already
         num_workers=options.workers,
         prefetch_factor=options.prefetch if options.workers else None,
-        pin_memory=options.pin,
+        pin_memory=options.pin and options.decoder is None,
         worker_init_fn=quiet_worker,
     )
     sizes = sorted((size_of(bags, i) for i in range(len(bags))), reverse=True)
     largest = sum(sizes[: stream.batch_size])
-    parts = timed(loader) if ring is None else emptied(timed(loader), ring)
+    parts = timed(decoded(loader, options.decoder))
+    parts = parts if ring is None else emptied(parts, ring)
     for described in parts:
         full = _full(described, parts, plan, min(plan.keep, largest), _side_px(bags))
         yield full

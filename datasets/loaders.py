@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from datasets.ahead import in_thread
 from datasets.bags import Bags, FeatureSource, TrainBags, bag_size, common_form
+from datasets.coded import decoded
 from datasets.ring import BatchRing, ring_for, size_of_form
 from utils.errors import UserError
 from utils.stop import ignore_stop_signals
@@ -26,11 +28,13 @@ class LoaderOptions:
         workers: reading processes; 0 reads in the training process.
         prefetch: batches that each worker keeps ready.
         pin: page-locked memory for copies to a GPU.
+        decoder: turns coded patches into pixels; for sources that hand on JPEGs (datasets.coded).
     """
 
     workers: int = 0
     prefetch: int = 2
     pin: bool = False
+    decoder: Callable[[Tensor], Tensor] | None = None
 
 
 class TrainStream(Sampler[list[tuple[int, int]]]):
@@ -143,10 +147,11 @@ def train_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) 
         batch_size=None,  # the dataset takes a whole batch of keys
         num_workers=options.workers,
         prefetch_factor=options.prefetch if options.workers else None,
-        pin_memory=options.pin,
+        pin_memory=options.pin and options.decoder is None,
         worker_init_fn=quiet_worker,
     )
-    return iter(loader) if bags.ring is None else emptied(loader, bags.ring)
+    batches = decoded(loader, options.decoder)
+    return batches if bags.ring is None else emptied(batches, bags.ring)
 
 
 def feature_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -> Iterator[Bags]:

@@ -17,6 +17,7 @@ from datasets.loaders import TrainStream, train_batches
 from datasets.sampling import bag_limit
 from engine import memory, task_builder
 from engine.attention_sampling import check_attention_sampling
+from engine.decoding import coded, gpu_decoder
 from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
 from engine.full_bag import FullBagLearner
@@ -79,8 +80,13 @@ def training_stream(
 
 def training_batches(setup: Setup, fold: Fold, processes: Processes, stream: TrainStream) -> Iterator[Bags]:
     """The batches of ``stream``, prepared as the options say."""
-    bags = TrainBags(fold.train, setup.sources.train, setup.plan, setup.views, fold.seed)
-    options = loader_options(setup, processes, setup.config.data.num_workers)
+    data, sources = setup.config.data, setup.sources.train
+    decoder = gpu_decoder(data, sources[-1], processes)
+    if decoder is not None:
+        sources = coded(sources, processes)
+        log.info("The GPU decodes the patches, and spare CPU cores a share of them (--jpeg_decoder).")
+    bags = TrainBags(fold.train, sources, setup.plan, setup.views, fold.seed)
+    options = loader_options(setup, processes, data.num_workers, decoder)
     if setup.chunks is not None:
         return full_bag_batches(bags, stream, options, setup.chunks)
     return train_batches(bags, stream, options)

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from datasets.bags import Bags
+from datasets.coded import GpuDecoder
 from datasets.eval_parts import WHOLE, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
 from datasets.label_types import Fold
 from datasets.loaders import LoaderOptions, shard
 from engine import memory
+from engine.decoding import coded, gpu_decoder
 from engine.evaluate import Predictions, predict
 from engine.learner import Learner
 from engine.setup import Setup
 from utils.dist import Processes
 
 
-def loader_options(setup: Setup, processes: Processes, workers: int) -> LoaderOptions:
+def loader_options(
+    setup: Setup, processes: Processes, workers: int, decoder: GpuDecoder | None = None
+) -> LoaderOptions:
     """How batches are prepared for this process; features in RAM are handed on as they are, by no other process."""
     data = setup.config.data
     pin = data.pin_memory and processes.device.type == "cuda"
-    return LoaderOptions(0 if data.persistence else workers, data.prefetch_factor, pin)
+    return LoaderOptions(0 if data.persistence else workers, data.prefetch_factor, pin, decoder)
 
 
 def part_plan(setup: Setup) -> PartPlan:
@@ -59,10 +63,14 @@ class Evaluator:
     def _reading(self) -> EvalReader:
         if self._reader is None:
             data, plan, processes = self.setup.config.data, part_plan(self.setup), self.processes
-            parts = {}
+            source, parts = self.setup.sources.test, {}
+            decoder = gpu_decoder(data, source, processes)
+            if decoder is not None:
+                (source,) = coded([source], processes)
             for split, samples in self._samples.items():
                 mine = shard(len(samples), processes.rank, processes.world)
-                parts[split] = EvalParts(samples, self.setup.sources.test, plan, mine)
+                parts[split] = EvalParts(samples, source, plan, mine)
             workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
-            self._reader = EvalReader(parts, loader_options(self.setup, processes, workers), processes.device)
+            options = loader_options(self.setup, processes, workers, decoder)
+            self._reader = EvalReader(parts, options, processes.device)
         return self._reader

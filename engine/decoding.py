@@ -1,0 +1,64 @@
+"""Who decodes the JPEGs of patches: the reading processes or the GPU (``--jpeg_decoder``)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+from datasets.bags import PixelSource, Source
+from datasets.coded import CodedSource, GpuDecoder
+from datasets.nvjpeg import NvJpegError
+from utils.config import DataConfig
+from utils.dist import Processes
+from utils.errors import UserError
+
+log = logging.getLogger(__name__)
+
+FEW_CORES = 5
+"""Up to so many CPU cores a process, the GPU decodes. One core decodes 3,100 patches of 256 px a second, a step of
+ResNet-18 on an H100 takes 19,000, and the training process needs a core for itself."""
+
+CPU_SHARE_PER_CORE = 0.15
+"""Share of the batches that each spare core decodes besides: its 3,100 patches a second of 19,000."""
+
+BUSY_CORES = 1.5
+"""Cores that the training process and its decoding thread need."""
+
+
+def cores_of(processes: Processes) -> float:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) / processes.local_world
+
+
+def gpu_decoder(data: DataConfig, source: Source, processes: Processes) -> GpuDecoder | None:
+    """The decoder for the patches of ``source``; None where the reading processes decode, and for features.
+
+    Raises:
+        UserError: when the GPU is asked for and cannot do it.
+    """
+    if not isinstance(source, PixelSource) or data.jpeg_decoder == "cpu":
+        return None
+    asked = data.jpeg_decoder == "gpu"
+    if processes.device.type != "cuda":
+        if asked:
+            raise UserError("jpeg_decoder is gpu, but this run computes on the CPU. Remove --jpeg_decoder=gpu.")
+        return None
+    if not asked and cores_of(processes) > FEW_CORES:
+        return None
+    try:
+        return GpuDecoder(processes.device, source.store.image_size_px, source.order)
+    except NvJpegError as error:
+        if asked:
+            raise UserError(
+                f"jpeg_decoder is gpu, but nvJPEG does not work here: {error}. Install torchvision's CUDA wheel, or "
+                "remove --jpeg_decoder=gpu."
+            ) from error
+        log.info("The reading processes decode the patches, because nvJPEG does not work here: %s.", error)
+        return None
+
+
+def coded(sources: Sequence[Source], processes: Processes) -> tuple[Source, ...]:
+    """The same stores as sources of JPEGs, for a GPU that decodes them; spare cores decode a share of the batches."""
+    share = min(max(cores_of(processes) - BUSY_CORES, 0) * CPU_SHARE_PER_CORE, 0.5)
+    return tuple(CodedSource(s.store, s.order, s.grid, share) for s in sources if isinstance(s, PixelSource))

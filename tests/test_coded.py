@@ -1,0 +1,181 @@
+"""Patches that the GPU decodes: the same bags as from the reading processes, and the same errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import SIDE_PX, make_tiny_cohort
+from torch import Tensor
+
+from datasets.bags import Bags, PixelSource, SamplingPlan, Source, TrainBags
+from datasets.coded import CodedSource, GpuDecoder, decode_rows, decoded, is_coded, lengths, pack
+from datasets.eval_parts import EvalParts, PartPlan
+from datasets.eval_reading import EvalReader
+from datasets.full_bags import ChunkPlan, full_bag_batches
+from datasets.jpeg import decode, encode
+from datasets.labels import Sample
+from datasets.loaders import LoaderOptions, TrainStream, train_batches
+from datasets.store import PatchStore, StoreHeader, StoreWriter
+from datasets.views import ViewPlan
+from engine.decoding import coded, cores_of, gpu_decoder
+from utils.config import DataConfig
+from utils.dist import Processes
+from utils.errors import UserError
+
+VIEWS = ViewPlan("strong", 0.2, SIDE_PX, 28)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> PatchStore:
+    return PatchStore(make_tiny_cohort(tmp_path_factory.mktemp("tiny"), patients=12).high)
+
+
+def on_cpu(rows: Tensor) -> Tensor:
+    return decode_rows(rows, SIDE_PX, "rgb")
+
+
+def samples_of(store: PatchStore) -> list[Sample]:
+    """Bags of one and of two slides."""
+    slides = list(store.slides)
+    pairs = [tuple(slides[i : i + 1 + i % 2]) for i in range(len(slides) - 1)]
+    return [Sample(f"{i}", f"{i}", pair, {"label": i % 2}) for i, pair in enumerate(pairs)]
+
+
+def bags_of(store: PatchStore, source: Source, total: int = 7) -> TrainBags:
+    return TrainBags(samples_of(store), [source], SamplingPlan(total), VIEWS, seed=3)
+
+
+def content(batches: Iterator[Bags]) -> list[tuple[Tensor, list[int], list[int]]]:
+    return [(b.instances.clone(), b.sizes, b.index) for b in batches]
+
+
+def assert_same(
+    ours: list[tuple[Tensor, list[int], list[int]]], theirs: list[tuple[Tensor, list[int], list[int]]]
+) -> None:
+    assert len(ours) == len(theirs) > 4
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one[0], other[0])
+        assert one[1:] == other[1:]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_training_batches_are_the_same_whoever_decodes(store: PatchStore, workers: int, share: float) -> None:
+    seen: list[int] = []
+
+    def counted(rows: Tensor) -> Tensor:
+        seen.append(len(rows))
+        return on_cpu(rows)
+
+    def batches(
+        source: Source, decoder: Callable[[Tensor], Tensor] | None
+    ) -> list[tuple[Tensor, list[int], list[int]]]:
+        bags = bags_of(store, source)
+        stream = TrainStream(len(bags), 3, seed=1, epochs=(0, 3))
+        return content(train_batches(bags, stream, LoaderOptions(workers, decoder=decoder)))
+
+    plain = batches(PixelSource(store), None)
+    assert_same(batches(CodedSource(store, cpu_share=share), counted), plain)
+    assert len(seen) == len(plain) if share == 0 else 0 < len(seen) < len(plain)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_and_whole_bags_are_the_same_whoever_decodes(store: PatchStore, workers: int) -> None:
+    def evaluated(source: Source, options: LoaderOptions) -> list[tuple[Tensor, list[int], list[int]]]:
+        parts = EvalParts(samples_of(store), source, PartPlan(8, 5, 2), range(6))
+        return content(EvalReader({"test": parts}, options, torch.device("cpu")).read("test"))
+
+    def whole(source: Source, options: LoaderOptions) -> list[Tensor]:
+        bags, found = bags_of(store, source, total=0), []
+        for full in full_bag_batches(bags, TrainStream(len(bags), 2), options, ChunkPlan(4, 0)):
+            for size in full.chunks:
+                found.append(torch.empty(size, SIDE_PX, SIDE_PX, 3, dtype=torch.uint8))
+                full.fill(found[-1])
+        return found
+
+    plain, ours = LoaderOptions(workers), LoaderOptions(workers, decoder=on_cpu)
+    assert_same(evaluated(CodedSource(store), ours), evaluated(PixelSource(store), plain))
+    for one, other in zip(whole(CodedSource(store), ours), whole(PixelSource(store), plain), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_rows_hold_the_jpegs_as_they_are() -> None:
+    jpegs = [b"abc", b"", b"defgh" * 60_000]
+    rows = pack(jpegs)
+    assert lengths(rows).tolist() == [3, 0, 300_000]
+    assert bytes(rows[0, 4:7].tolist()) == b"abc"
+    assert bytes(rows[2, 4:].numpy()) == jpegs[2]
+    assert is_coded(rows)
+    assert not is_coded(torch.zeros(3, 8, 8, 3, dtype=torch.uint8))
+    assert not is_coded(torch.zeros(3, 8))
+
+
+def one_slide(path: Path, jpegs: list[bytes]) -> PatchStore:
+    header = StoreHeader(mpp=0.5, level=0, patch_size_px=SIDE_PX, image_size_px=SIDE_PX, jpeg_quality=80)
+    with StoreWriter(path, header) as writer:
+        writer.put_slide("s", jpegs, np.zeros((len(jpegs), 2), np.int64))
+    return PatchStore(path)
+
+
+def test_what_the_gpu_must_not_see_is_refused_by_name(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    good, large = (encode(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)) for n in (SIDE_PX, 2 * SIDE_PX))
+    source = CodedSource(one_slide(tmp_path / "a.lmdb", [good, large]))
+    with pytest.raises(UserError, match=r"patch 1 of slide 's' is no JPEG of the store's size.*holds 64 x 64 px"):
+        source.load("s", np.array([0, 1]))
+    source = CodedSource(one_slide(tmp_path / "b.lmdb", [good, good[:-40]]))
+    with pytest.raises(UserError, match="patch 1 of slide 's'.*truncated"):
+        source.load("s", np.array([0, 1]))
+
+
+def test_an_error_of_the_decoding_thread_reaches_the_run_and_ends_it(store: PatchStore) -> None:
+    def failing(rows: Tensor) -> Tensor:
+        raise UserError("no more")
+
+    bags = bags_of(store, CodedSource(store))
+    with pytest.raises(UserError, match="no more"):
+        next(train_batches(bags, TrainStream(len(bags), 3), LoaderOptions(0, decoder=failing)))
+
+
+def test_batches_without_coded_patches_pass(store: PatchStore) -> None:
+    features = Bags(torch.randn(4, 3), [4], [0], {})
+    (same,) = decoded([features], on_cpu)
+    assert torch.equal(same.instances, features.instances)
+
+
+def test_the_gpu_is_chosen_for_few_cores_only(store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, made = Processes(0, 1, torch.device("cpu")), []
+    monkeypatch.setattr("engine.decoding.GpuDecoder", lambda *args: made.append(args) or "decoder")
+    with pytest.raises(UserError, match="computes on the CPU"):
+        gpu_decoder(DataConfig(jpeg_decoder="gpu"), PixelSource(store), cpu)
+    assert gpu_decoder(DataConfig(), PixelSource(store), cpu) is None
+    gpu = replace(cpu, device=torch.device("cuda", 0))
+    for cores, peers, chosen in ((16, 1, False), (16, 4, True), (2, 1, True)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
+        own = replace(gpu, local_world=peers)
+        assert cores_of(own) == cores / peers
+        assert (gpu_decoder(DataConfig(), PixelSource(store), own) is not None) == chosen
+        assert gpu_decoder(DataConfig(jpeg_decoder="cpu"), PixelSource(store), own) is None
+    few, more = (coded([PixelSource(store)], replace(gpu, local_world=n))[0] for n in (1, 2))
+    assert few.cpu_share == pytest.approx(0.075)
+    assert more.cpu_share == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_the_gpu_decodes_as_the_cpu_does(order: str) -> None:
+    rng = np.random.default_rng(0)
+    coarse = [
+        rng.normal(128, 50, (32, 32, 3)).repeat(8, 0).repeat(8, 1) + rng.normal(0, 8, (256, 256, 1)) for _ in range(40)
+    ]
+    jpegs = [encode(np.clip(image, 0, 255).astype(np.uint8), 80) for image in coarse]
+    decoder = GpuDecoder(torch.device("cuda"), 256, order)
+    for count in (40, 7, 40):
+        got = decoder(pack(jpegs[:count])).cpu().int()
+        want = torch.from_numpy(np.stack([decode(j, order=order) for j in jpegs[:count]])).int()
+        assert (got - want).abs().max() <= 2
