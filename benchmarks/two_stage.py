@@ -18,6 +18,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -108,44 +109,45 @@ def bare_step(root: Path, same_psize: int) -> tuple[float, float | None]:
     return seconds, sum(event.self_device_time_total for event in seen.key_averages()) / 20e6
 
 
-def measure(dtype: str, options: argparse.Namespace) -> list[str]:
+def measure(dtype: str, options: argparse.Namespace) -> Iterator[str]:
     """Rows of the table for one type of feature."""
-    rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
         root = Path(temporary)
         write_cohort(root, options, dtype)
         seconds, busy = bare_step(root, options.same_psize)
         idle = "" if busy is None else f", {max(1 - busy / seconds, 0):.0%} launch-bound"
-        rows.append(f"| {dtype} | on the device: the step alone{idle} | {1 / seconds:.0f} | | |")
+        yield f"| {dtype} | on the device: the step alone{idle} | {1 / seconds:.0f} | | |"
         for number, (name, extra) in enumerate(WAYS):
             begin = time.perf_counter()
             epochs = train(root, root / f"out{number}", extra, options)
             per_bag = options.same_psize or options.patches
             rates = [e["patches_per_s"] / per_bag for e in epochs]
             waits = [e["data_wait"] for e in epochs]
-            took = time.perf_counter() - begin
-            first = f"{rates[0]:.0f}, {waits[0]:.1%}; {took:.1f} s"
-            rows.append(f"| {dtype} | {name} | {rates[-1]:.0f} | {waits[-1]:.1%} | {first} |")
-    return rows
+            first = f"{rates[0]:.0f}, {waits[0]:.1%}; {time.perf_counter() - begin:.1f} s"
+            yield f"| {dtype} | {name} | {rates[-1]:.0f} | {waits[-1]:.1%} | {first} |"
 
 
 def main() -> None:
-    gpu = torch.cuda.is_available()
+    gpu, begin = torch.cuda.is_available(), time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--slides", type=int, default=200 if gpu else 12)
     parser.add_argument("--patches", type=int, default=5000 if gpu else 200)
     parser.add_argument("--width", type=int, default=1024 if gpu else 64)
-    parser.add_argument("--epochs", type=int, default=3 if gpu else 2)
+    parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--dtype", choices=list(DTYPES), action="append", help="default: each of them")
     parser.add_argument("--same_psize", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="where the temporary folder is made")
+    parser.add_argument("--seconds", type=float, default=600, help="no new row is begun behind so many")
     options = parser.parse_args()
-    rows = [row for dtype in options.dtype or DTYPES for row in measure(dtype, options)]
     place = torch.cuda.get_device_name() if gpu else "CPU"
     print(f"{options.slides} slides x {options.patches} x {options.width}, abmil, {place}, torch {torch.__version__}\n")
     print("| features | where | bags/s, last epoch | data wait | first epoch; whole run |")
-    print("| --- | --- | --- | --- | --- |")
-    print("\n".join(rows))
+    print("| --- | --- | --- | --- | --- |", flush=True)
+    for dtype in options.dtype or DTYPES:
+        for row in measure(dtype, options):
+            print(row, flush=True)
+            if time.perf_counter() - begin > options.seconds:
+                return
 
 
 if __name__ == "__main__":
