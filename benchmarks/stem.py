@@ -1,11 +1,13 @@
 """What the first layers of a ResNet cost, plain and fused, alone and in a whole training step.
 
-    python -m benchmarks.stem [kernels] [forms] [steps] [--patches 1024] [--size 224]
+    python -m benchmarks.stem [errors] [kernels] [steps] [forms] [r50] [compiled] [--patches 1024] [--size 224]
 
-* kernels: every kernel of ``modules.stem_triton`` with several tiles, and where the memory's speed would put it;
-* forms: convolution, and what follows it, in torch, compiled by torch, and ours; errors against float64;
-* steps: the bare compiled training step of R18 and R50 (bf16, channels-last) with and without the fused stem, what it
-  keeps in memory, and evaluation.
+* errors: of values and gradients, against float64;
+* kernels: every kernel of ``modules.stem_triton`` with several tiles, and where the memory's speed would put it; what
+  comes behind uses the best ones;
+* steps, r50: the bare compiled training step of R18, R50 (bf16, channels-last) with and without the fused stem, what it
+  keeps in memory, and evaluation;
+* forms, compiled: convolution, and what follows it, in torch and ours, eager or compiled by torch.
 
 Without a GPU it says so and stops.
 """
@@ -13,9 +15,13 @@ Without a GPU it says so and stops.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +56,7 @@ def line(name: str, *figures: object) -> None:
 
 
 def error(got: Tensor, want: Tensor) -> float:
-    return float((got.double() - want.double()).norm() / want.double().norm())
+    return float((got.double() - want.double()).detach().norm() / want.double().detach().norm())
 
 
 class Case:
@@ -76,62 +82,74 @@ class Case:
 
 
 def variants() -> dict[str, list[own.Tiles]]:
-    """The tiles that are tried for every kernel; the current ones are among them."""
+    """The tiles that are tried for every kernel, the current ones first; most promising kernels first."""
     t = own.Tiles
     table = {
-        "convolve": [
-            t(128, 7, 4, 2),
-            t(128, 7, 4, 1),
-            t(128, 7, 8, 3),
-            t(128, 28, 4, 3),
-            t(64, 14, 4, 3),
-            t(256, 7, 8, 2),
-        ]
-        + [t(64, 14, 4, 2, 2), t(64, 14, 4, 1, 8), t(128, 7, 8, 1, 8), t(128, 7, 8, 1, 4)],
-        "moments": [t(64, 14, 4), t(32, 28, 4), t(128, 14, 8)],
-        "pool": [t(8, 7, 2), t(8, 28, 2), t(8, 56, 2), t(16, 14, 4), t(16, 14, 2), t(32, 14, 4), t(64, 14, 8)]
-        + [t(64, 28, 8), t(4, 28, 1)],
-        "reduce": [t(8, 49, 2), t(8, 49, 4), t(16, 14, 4), t(16, 49, 2), t(16, 49, 8), t(32, 49, 8)],
-        "spread": [t(8, 14, 2), t(8, 14, 4), t(16, 14, 8), t(32, 14, 8)],
-        "weights": [t(16, 196, 8, 2), t(16, 196, 8, 3), t(16, 196, 8, 1), t(32, 98, 8, 1), t(32, 98, 8, 3)]
-        + [t(64, 49, 8, 1), t(64, 49, 8, 2), t(16, 196, 4, 2), t(32, 392, 8, 2), t(32, 98, 16, 2)],
+        "weights": [t(16, 196, 8, 2), t(16, 196, 8, 3), t(16, 196, 8, 1), t(32, 98, 8, 1), t(32, 98, 8, 2)]
+        + [t(64, 49, 8, 2), t(16, 196, 4, 2)],
+        "convolve": [t(128, 7, 4, 1), t(128, 7, 8, 3), t(64, 14, 4, 3), t(256, 7, 8, 2), t(64, 14, 4, 1, 8)]
+        + [t(128, 7, 8, 1, 8), t(128, 7, 8, 1, 4)],
+        "pool": [t(8, 28, 2), t(8, 7, 2), t(16, 14, 4), t(64, 14, 8), t(4, 28, 1)],
+        "reduce": [t(8, 49, 4), t(16, 14, 4), t(16, 49, 8), t(8, 49, 2)],
+        "spread": [t(8, 14, 4)],
+        "moments": [t(128, 14, 8)],
     }
     return {name: [own.TILES[name], *(v for v in tiles if v != own.TILES[name])] for name, tiles in table.items()}
 
 
-def kernel_calls(case: Case) -> Iterator[tuple[str, float, Callable[[], object]]]:
-    """Name of a kernel, the ms that reading and writing its operands once would take, and a call of it."""
+Call = Callable[[own.Tiles], object]
+
+
+def kernel_calls(case: Case) -> dict[str, tuple[float, Call]]:
+    """By kernel: the ms that reading and writing its operands once would take, and a call of it."""
     grad, where, z, norm = case.maps()
-    sums = own.reduce_gradient(grad, where, z, norm)
+    maps = grad, where, z
+    sums = own.reduce_gradient(maps, norm)
     x, w = case.x, case.w.detach()
     size = {name: t.numel() * t.element_size() / BYTES_PER_MS for name, t in (("x", x), ("z", z), ("y", grad))}
     small = size["y"] * 1.5
-    yield "convolve", size["x"] + size["z"], lambda: own.convolve(x, w)
-    yield "moments", size["z"], lambda: own.moments(z)
-    yield "pool", size["z"] + small, lambda: own.pool(z, norm)
-    yield "reduce", size["z"] + small, lambda: own.reduce_gradient(grad, where, z, norm)
-    yield "spread", 2 * size["z"] + small, lambda: own.spread_gradient(grad, where, z, norm, sums)
-    yield "weights", size["x"] + size["z"] + small, lambda: own.weight_gradient(x, (grad, where, z), norm, sums)
+    return {
+        "convolve": (size["x"] + size["z"], lambda tiles: own.convolve(x, w, tiles)),
+        "moments": (size["z"], lambda tiles: own.moments(z, tiles)),
+        "pool": (size["z"] + small, lambda tiles: own.pool(z, norm, tiles)),
+        "reduce": (size["z"] + small, lambda tiles: own.reduce_gradient(maps, norm, tiles)),
+        "spread": (2 * size["z"] + small, lambda tiles: own.spread_gradient(maps, norm, sums, tiles)),
+        "weights": (size["x"] + size["z"] + small, lambda tiles: own.weight_gradient(x, maps, norm, sums, tiles)),
+    }
+
+
+def compile_all(size: int) -> None:
+    """Compiles every variant on one patch, side by side."""
+    calls = kernel_calls(Case(1, size))
+    jobs = [(name, tiles) for name, all_tiles in variants().items() for tiles in all_tiles]
+
+    def try_one(job: tuple[str, own.Tiles]) -> None:
+        # What a tile too large raises depends on Triton's version; it is reported where it is timed.
+        with contextlib.suppress(Exception):
+            calls[job[0]][1](job[1])
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(try_one, jobs))
+    torch.cuda.synchronize()
 
 
 def kernels(case: Case) -> None:
-    for name, floor, call in kernel_calls(case):
-        line(f"{name}: floor", floor)
-        current, found = own.TILES[name], []
-        for tiles in variants()[name]:
-            own.TILES[name] = tiles
+    compile_all(case.x.shape[-1])
+    calls = kernel_calls(case)
+    for name, all_tiles in variants().items():
+        floor, call = calls[name]
+        found = []
+        for tiles in all_tiles:
             try:
-                took = milliseconds(call, 5)
-            except Exception as reason:  # noqa: BLE001  # what a tile too large raises depends on Triton's version
-                line(f"  {tiles}", type(reason).__name__, str(reason).splitlines()[0][:60])
+                took = milliseconds(functools.partial(call, tiles), 5)
+            except Exception as reason:  # noqa: BLE001
+                line(f"  {name} {tiles}", type(reason).__name__, str(reason).splitlines()[0][:60])
                 continue
             found.append((took, tiles))
-            line(f"  {tiles}", took)
-        own.TILES[name] = current
+            line(f"  {name} {tiles}", took)
         if found:
-            best = min(found, key=lambda pair: pair[0])
-            line(f"{name}: BEST {best[1]}", best[0])
-            own.TILES[name] = best[1]  # what follows is measured with the best
+            took, own.TILES[name] = min(found, key=lambda pair: pair[0])  # what follows is measured with the best
+            line(f"{name}: best; floor", took, floor, str(own.TILES[name]))
 
 
 def plain_rest(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -156,24 +174,29 @@ def blocks_and_own_rest(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> T
     return own.norm_pool(z, weight, bias, 1e-5)[0]
 
 
-def forms(case: Case) -> None:
-    """Milliseconds of forward and of forward and backward, and errors of value and gradients against float64."""
-    convolutions: dict[str, Callable[..., Tensor]] = {
-        "convolution, 7 x 7 of 3 channels": lambda x, w: functional.conv2d(x, w.to(x.dtype), stride=2, padding=3),
-        "convolution, 4 x 4 of 16 channels, all": lambda x, w: convolve_blocks(x, w.to(x.dtype)),
+def forms(case: Case, compiled: bool) -> None:
+    """Milliseconds of forward, and of forward and backward."""
+    rest: dict[str, Callable[..., Tensor]] = {
+        "plain": plain_rest,
+        "ours": lambda z, weight, bias: own.norm_pool(z, weight, bias, 1e-5)[0],
     }
-    for name, call in convolutions.items():
-        for how, form in (("eager", call), ("compiled", torch.compile(call))):
-            line(f"{name}, {how}", *timed(form, [case.x], [case.w]))
+    convolutions: dict[str, Callable[..., Tensor]] = {
+        "7 x 7 of 3 channels": lambda x, w: functional.conv2d(x, w.to(x.dtype), stride=2, padding=3),
+        "4 x 4 of 16 channels": lambda x, w: convolve_blocks(x, w.to(x.dtype)),
+    }
+    stems = {"plain": plain_stem, "blocks": blocks_stem, "blocks, then ours": blocks_and_own_rest, "ours": own_stem}
+    how = "compiled" if compiled else "eager"
+
+    def ready(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(form) if compiled else form
+
+    for name, form in convolutions.items():
+        line(f"convolution, {name}, {how}", *timed(ready(form), [case.x], [case.w]))
     z = functional.conv2d(case.x, case.w.detach().to(case.x.dtype), stride=2, padding=3).requires_grad_()
-    own_rest = lambda z, weight, bias: own.norm_pool(z, weight, bias, 1e-5)[0]  # noqa: E731
-    for name, form in (("eager", plain_rest), ("compiled", torch.compile(plain_rest)), ("ours", own_rest)):
-        line(f"norm, ReLU, pool: {name}", *timed(form, [], [z, case.weight, case.bias]))
-    stems = {"plain, eager": plain_stem, "plain, compiled": torch.compile(plain_stem)}
-    stems |= {"blocks, compiled": torch.compile(blocks_stem), "blocks, then ours": torch.compile(blocks_and_own_rest)}
-    stems |= {"ours": own_stem, "ours, compiled": torch.compile(own_stem)}
+    for name, form in rest.items():
+        line(f"norm, ReLU, pool: {name}, {how}", *timed(ready(form), [], [z, case.weight, case.bias]))
     for name, form in stems.items():
-        line(f"stem: {name}", *timed(form, [case.x], case.parameters))
+        line(f"stem: {name}, {how}", *timed(ready(form), [case.x], case.parameters))
 
 
 def timed(call: Callable[..., Tensor], fixed: list[Tensor], trained: list[Tensor]) -> tuple[float, float]:
@@ -228,13 +251,16 @@ class Training:
 
     def evaluate(self) -> Tensor:
         with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
-            features: Tensor = self.encoder(self.x)
+            features: Tensor = self.encoder.forward(self.x)
         return features
 
 
-def steps(name: str, patches: int, size: int) -> None:
-    """Milliseconds of the bare step and of evaluation, memory, and the first loss."""
-    for fused in (False, True):
+def steps(name: str, patches: int, size: int, deadline: float) -> None:
+    """Milliseconds of the bare step, of evaluation that is not compiled, memory, and the first loss."""
+    for fused in (True, False):
+        if time.perf_counter() > deadline:
+            line(f"{name}, {'fused' if fused else 'plain'} stem: left out, the time is over")
+            return
         torch.compiler.reset()
         training = Training(name, patches, size, fused)
         first = float(training.step())
@@ -249,26 +275,32 @@ def steps(name: str, patches: int, size: int) -> None:
 
 
 def main() -> int:
+    begin = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", default=[])
+    parser.add_argument("parts", nargs="*", default=["errors", "kernels", "steps", "forms", "compiled"])
     parser.add_argument("--patches", type=int, default=1024)
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--seconds", type=float, default=600, help="nothing new is begun after so many")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("There is no GPU, and this measures nothing else.")
         return 0
     torch.backends.cudnn.benchmark = True
     torch.set_float32_matmul_precision("high")
-    parts = args.parts or ["kernels", "forms", "steps"]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {args.patches} patches of {args.size} px")
-    errors(16, args.size)
-    if "kernels" in parts:
-        kernels(Case(args.patches, args.size))
-    if "forms" in parts:
-        forms(Case(args.patches, args.size))
-    if "steps" in parts:
-        steps("r18", args.patches, args.size)
-        steps("r50", args.patches // 2, args.size)
+    deadline = begin + args.seconds
+    parts: dict[str, Callable[[], None]] = {
+        "errors": lambda: errors(16, args.size),
+        "kernels": lambda: kernels(Case(args.patches, args.size)),
+        "steps": lambda: steps("r18", args.patches, args.size, deadline),
+        "forms": lambda: forms(Case(args.patches, args.size), compiled=False),
+        "r50": lambda: steps("r50", args.patches // 2, args.size, deadline),
+        "compiled": lambda: forms(Case(args.patches, args.size), compiled=True),
+    }
+    for name in args.parts:
+        if time.perf_counter() < deadline:
+            parts[name]()
+            line(f"-- {name}, seconds since the start", time.perf_counter() - begin)
     return 0
 
 

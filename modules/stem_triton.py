@@ -49,6 +49,13 @@ TILES = {
 """Fastest tiles of every kernel, measured on an H100."""
 
 
+Maps = tuple[Tensor, Tensor, Tensor]
+"""The gradient of y, the places of the maxima, and z."""
+
+Sums = tuple[Tensor, Tensor]
+"""Sums over all pixels: of the gradient d behind ReLU, and of d x^."""
+
+
 @dataclass(frozen=True)
 class Norm:
     """BatchNorm of one batch: mean and biased variance, and its parameters, all (C,) float32."""
@@ -97,8 +104,9 @@ def stem_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``stem`` in w (float32), weight and bias, from that in y."""
     norm = Norm(mean, var, weight, weight, eps)
-    total, product = reduce_gradient(grad, places, z, norm)
-    return weight_gradient(x, (grad, places, z), norm, (total, product)), product, total
+    maps = grad, places, z
+    total, product = reduce_gradient(maps, norm)
+    return weight_gradient(x, maps, norm, (total, product)), product, total
 
 
 @torch.library.custom_op(
@@ -124,8 +132,9 @@ def norm_pool_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``norm_pool`` in z, weight and bias, from that in y."""
     norm = Norm(mean, var, weight, weight, eps)
-    total, product = reduce_gradient(grad, places, z, norm)
-    return spread_gradient(grad, places, z, norm, (total, product)), product, total
+    maps = grad, places, z
+    total, product = reduce_gradient(maps, norm)
+    return spread_gradient(maps, norm, (total, product)), product, total
 
 
 @torch.library.custom_op(
@@ -239,9 +248,9 @@ def unpacked(matrix: Tensor) -> Tensor:
     return lines.reshape(len(matrix), 7, 7, 3).permute(0, 3, 1, 2).contiguous()
 
 
-def convolve(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def convolve(x: Tensor, w: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """z, and mean and sum of squared deviations of every program's pixels, (programs, C) each."""
-    tiles = TILES["convolve"]
+    tiles = tiles or TILES["convolve"]
     z = _convolved(x, w)
     programs, channels = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1]
     means, squares = x.new_empty((2, programs, channels), dtype=torch.float32)
@@ -254,9 +263,9 @@ def convolve(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return z, means, squares
 
 
-def moments(z: Tensor) -> tuple[Tensor, Tensor]:
+def moments(z: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations of every program's pixels, (programs, C) each."""
-    tiles = TILES["moments"]
+    tiles = tiles or TILES["moments"]
     size, channels = z.shape[2] * z.shape[3], z.shape[1]
     programs = _programs(z, size, tiles)
     means, squares = z.new_empty((2, programs, channels), dtype=torch.float32)
@@ -276,9 +285,9 @@ def merge(means: Tensor, squares: Tensor, z: Tensor, tiles: Tiles) -> tuple[Tens
     return mean.float(), var.float()
 
 
-def pool(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def pool(z: Tensor, norm: Norm, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """The maxima y and their places, for given statistics."""
-    tiles = TILES["pool"]
+    tiles = tiles or TILES["pool"]
     y, where = _pooled(z, z.dtype), _pooled(z, torch.uint8)
     programs = len(z) * triton.cdiv(y.shape[2], tiles.repeat) * triton.cdiv(y.shape[3], tiles.rows)
     with torch.cuda.device_of(z):
@@ -290,37 +299,36 @@ def pool(z: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
     return y, where
 
 
-def reduce_gradient(grad: Tensor, where: Tensor, z: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Sums over all pixels of the gradient d behind ReLU and of d x^: (C,) each."""
-    tiles = TILES["reduce"]
+def reduce_gradient(maps: Maps, norm: Norm, tiles: Tiles | None = None) -> Sums:
+    """Both sums, (C,) each."""
+    tiles, z = tiles or TILES["reduce"], maps[2]
     programs, channels = _programs(z, _fours(z), tiles), z.shape[1]
     parts = z.new_empty((2, programs, channels), dtype=torch.float32)
     with torch.cuda.device_of(z):
         kernels.reduce_gradient[(programs,)](
-            *(grad, where, z, norm.mean, norm.var, *parts, norm.eps),
+            *(*maps, norm.mean, norm.var, *parts, norm.eps),
             *(*z.shape[2:], channels),
             **tiles.options(),
         )
     return parts[0].sum(0), parts[1].sum(0)
 
 
-def spread_gradient(grad: Tensor, where: Tensor, z: Tensor, norm: Norm, sums: tuple[Tensor, Tensor]) -> Tensor:
+def spread_gradient(maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = None) -> Tensor:
     """The gradient of z, from the sums of ``reduce_gradient``."""
-    tiles = TILES["spread"]
+    tiles, z = tiles or TILES["spread"], maps[2]
     dz, channels, count = torch.empty_like(z), z.shape[1], z.numel() // z.shape[1]
     with torch.cuda.device_of(z):
         kernels.spread_gradient[(_programs(z, _fours(z), tiles),)](
-            *(grad, where, z, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, dz, norm.eps),
+            *(*maps, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, dz, norm.eps),
             *(*z.shape[2:], channels),
             **tiles.options(),
         )
     return dz
 
 
-def weight_gradient(x: Tensor, maps: tuple[Tensor, Tensor, Tensor], norm: Norm, sums: tuple[Tensor, Tensor]) -> Tensor:
-    """Gradient of the convolution's kernel (C, 3, 7, 7), float32; ``maps`` are the gradient of y, the places, and z."""
-    tiles = TILES["weights"]
-    z = maps[2]
+def weight_gradient(x: Tensor, maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = None) -> Tensor:
+    """The gradient of the convolution's weights (C, 3, 7, 7), float32, from the sums of ``reduce_gradient``."""
+    tiles, z = tiles or TILES["weights"], maps[2]
     programs, channels, count = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1], z.numel() // z.shape[1]
     parts = x.new_empty((programs, channels, LINES * LINE), dtype=torch.float32)
     with torch.cuda.device_of(x):

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).parents[1]
-SIZES = ((14, 14), (10, 12), (16, 20), (7, 9), (1, 3))
+SIZES = ((14, 14), (10, 12), (7, 9), (1, 3))
 LAST = torch.channels_last
 
 
@@ -70,9 +70,9 @@ def whole_stem_equals_the_plain_modules(ops) -> None:  # type: ignore[no-untyped
 
 
 def norm_and_pool_have_the_gradient_of_the_plain_modules(ops) -> None:  # type: ignore[no-untyped-def]
-    for size in ((7, 7), (5, 6), (8, 10)):
+    for size in ((7, 7), (5, 6)):
         _, norm = layers()
-        z = (torch.randn(3, 16, *size) + 2).contiguous(memory_format=LAST).requires_grad_()
+        z = (torch.randn(2, 16, *size) + 2).contiguous(memory_format=LAST).requires_grad_()
         exact, double = copy.deepcopy(norm).double(), z.detach().double().requires_grad_()
         y = ops.norm_pool(z, norm.weight, norm.bias, norm.eps)[0]
         want = functional.max_pool2d(functional.relu(exact(double)), 3, 2, 1)
@@ -113,14 +113,14 @@ def module_switches_between_fused_and_plain() -> None:
     reference = copy.deepcopy(encoder)
     assert encoder.fused_stem
     reference.fused_stem = False
-    x, calls = patches(32, 32), []
+    x, calls = patches(18, 18), []
     inner = stem.fused_stem
     stem.fused_stem = lambda *a: calls.append(inner(*a)) or calls[-1]
 
     def gradients(model: nn.Module, features: Tensor) -> list[Tensor]:
         model.zero_grad()
         features.square().sum().backward()
-        return [features.detach(), *(p.grad.clone() for p in model.parameters()), *model.buffers()]
+        return [features.detach(), *(p.grad.clone() for p in model.parameters()), *(b.clone() for b in model.buffers())]
 
     want = gradients(reference, reference(x))
     stem._runs_on = lambda x: False
@@ -160,18 +160,17 @@ def check_all() -> None:
     mend_interpreter()
     from modules import stem_triton
 
-    for name in stem_triton.TILES:
-        stem_triton.TILES[name] = stem_triton.Tiles(16, 3, lines=2)
     torch.manual_seed(0)
+    stem_triton.TILES.update({name: stem_triton.Tiles(16, 2, lines=2) for name in stem_triton.TILES})
     whole_stem_equals_the_plain_modules(torch.ops.abmilx)
     norm_and_pool_have_the_gradient_of_the_plain_modules(torch.ops.abmilx)
     ties_go_to_the_first_maximum(torch.ops.abmilx)
     what_is_not_a_number_stays_visible(torch.ops.abmilx)
+    stem_triton.TILES.update({name: stem_triton.Tiles(64, 2, lines=8) for name in stem_triton.TILES})
     module_switches_between_fused_and_plain()
 
 
-@pytest.mark.parametrize("what", ["all"])
-def test_kernels_and_gradients_equal_the_plain_modules(what: str) -> None:
+def test_kernels_and_gradients_equal_the_plain_modules() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     # The variable is read when a kernel is defined, so an interpreter of its own.
     done = subprocess.run(
@@ -182,6 +181,41 @@ def test_kernels_and_gradients_equal_the_plain_modules(what: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [224, 96, 50])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_encoder_on_the_gpu_has_the_values_and_gradients_of_the_plain_one(
+    dtype: torch.dtype, size: int, compiled: bool
+) -> None:
+    from modules.encoders import build_encoder
+
+    torch.manual_seed(0)
+    encoder = build_encoder("r18", pretrained=False).cuda()
+    plain, exact = copy.deepcopy(encoder), copy.deepcopy(encoder).double()
+    plain.fused_stem = exact.fused_stem = False
+    x = patches(size, size, 8).cuda()
+    if compiled:
+        encoder.compile()
+
+    def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32 and x.dtype != torch.float64):
+            y = model(x)
+        y.double().square().mean().backward()
+        model.eval()
+        with (
+            torch.no_grad(),
+            torch.autocast("cuda", dtype, enabled=dtype != torch.float32 and x.dtype != torch.float64),
+        ):
+            return [y.detach(), *(p.grad for p in model.parameters()), *model.buffers(), model(x)]
+
+    want = outcome(exact, x.to(dtype).double())
+    for got, usual, right in zip(outcome(encoder, x), outcome(plain, x), want, strict=True):
+        error, allowed = ((a.double() - right.double()).norm() for a in (got, usual))
+        assert error <= 1.2 * allowed + 1e-3 * right.double().norm() + 1e-5
 
 
 if __name__ == "__main__":
