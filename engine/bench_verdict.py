@@ -28,7 +28,10 @@ WORTH_SAYING = 0.1
 SCALES = 1.5
 """Several processes that read this much faster than one would gain by still more of them: a disk that answers late."""
 
-DEVICE, DISK, DECODING, READING, PASSING_ON, COPYING, CORES = (
+LITTLE = 0.25
+"""Where reading for the device takes less than this part of a core, it cannot be what keeps the cores busy."""
+
+DEVICE, DISK, DECODING, READING, PASSING_ON, COPYING, CORES, OTHERS = (
     "device",
     "disk",
     "decoding",
@@ -36,6 +39,7 @@ DEVICE, DISK, DECODING, READING, PASSING_ON, COPYING, CORES = (
     "passing on",
     "copying",
     "cores",
+    "others",
 )
 """What may limit training."""
 
@@ -47,9 +51,9 @@ def limit_of(f: Figures) -> str:
     if f.loop >= NEAR * f.step:
         return DEVICE
     if f.data_wait <= WAIT:
-        return COPYING if f.loop >= NEAR * _taking_turns(f) else CORES
+        return COPYING if f.loop >= NEAR * _taking_turns(f) else _crowd(f)
     if _fast_alone(f):
-        return CORES
+        return _crowd(f)
     if disk_is_slow(f) and f.loader >= NEAR * f.supply.read_all.per_s:
         return DISK
     if f.supply.decode_all is not None and f.loader >= HALF * f.supply.decode_all.per_s:
@@ -60,6 +64,17 @@ def limit_of(f: Figures) -> str:
 def disk_is_slow(f: Figures) -> bool:
     """Whether what came from the disk came more slowly than the device takes it."""
     return f.supply.read_all.from_disk >= FROM_DISK and f.supply.read_all.per_s < NEAR * f.step
+
+
+def _crowd(f: Figures) -> str:
+    """Who else uses the cores where everything alone is fast enough: reading, or programs that are none of ours."""
+    shared = f.setting.device == "cpu" or f.setting.readers > f.setting.room
+    return CORES if shared and _cores_to_read(f) >= LITTLE else OTHERS
+
+
+def _cores_to_read(f: Figures) -> float:
+    """Reading processes that would feed the device."""
+    return f.step * f.setting.readers / f.loader
 
 
 def _fast_alone(f: Figures) -> bool:
@@ -89,6 +104,7 @@ def _headline(f: Figures, limit: str) -> str:
         READING: f"reading, {number(f.supply.read_all.per_s)} {s.unit}/s in {s.readers} process(es)",
         PASSING_ON: f"putting batches together and passing them on, {number(f.loader)} {s.unit}/s",
         COPYING: f"copying to the GPU, {number(f.copy or 0)} {s.unit}/s, during which it does not compute",
+        OTHERS: "other programs on this machine, or what is done between two steps: everything alone is fast enough",
         CORES: f"the {s.cores} CPU core(s), which {s.readers} reading and {s.processes} training process(es) share",
     }[limit]
     share = f.loop / f.step
@@ -155,7 +171,7 @@ def _more_processes(f: Figures) -> Iterator[str]:
     if s.kept:
         return
     each = f.loader / s.readers
-    wanted = math.ceil(SPARE * f.step / each / s.processes) * s.processes
+    wanted = math.ceil(SPARE * _cores_to_read(f) / s.processes) * s.processes
     if s.workers == 0 and s.room < s.processes:
         yield f"The training process reads, and there is no second core for a reading process ({s.cores} in all)."
     elif wanted <= s.room:
@@ -197,16 +213,13 @@ def _more_is_needed(f: Figures) -> bool:
 
 def _fewer_processes(f: Figures) -> Iterator[str]:
     s = f.setting
+    fewer = max(s.room // s.processes, 1)
     if s.device == "cpu":
         yield "Computing on a CPU takes the same cores as decoding: a GPU is what helps."
-    elif s.readers > s.room:
-        fewer = max(s.room // s.processes, 1)
-        if fewer < s.workers:
-            yield f"There are more processes than cores: try --num_workers={fewer} (now {s.workers})."
-        else:
-            yield "More CPU cores are what helps."
+    elif fewer < s.workers:
+        yield f"There are more processes than cores: try --num_workers={fewer} (now {s.workers})."
     else:
-        yield "Something else on this machine uses the cores, or its memory: look at the other programs."
+        yield "More CPU cores are what helps."
 
 
 def _faster_copies(f: Figures) -> Iterator[str]:

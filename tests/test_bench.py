@@ -213,11 +213,15 @@ def test_cores_that_reading_and_training_share() -> None:
     crowded = figures({"workers": 16}, loader=20_000, loop=7_000, data_wait=0.2)
     assert limit_of(crowded) == v.CORES
     assert "--num_workers=15 (now 16)" in text(crowded)
-    quiet = figures(loader=20_000, loop=7_000, data_wait=0.2)
+    quiet = figures(loader=20_000, loop=7_000, data_wait=0.2)  # four reading processes, fifteen cores
+    assert limit_of(quiet) == v.OTHERS
     assert "other programs" in text(quiet)
     on_cpu = figures({"device": "cpu"}, copy=None, loop=6_000, data_wait=0.02)
     assert limit_of(on_cpu) == v.CORES
     assert "a GPU is what helps" in text(on_cpu)
+    slow_cpu = figures({"device": "cpu"}, copy=None, step=100, loop=60, data_wait=0.02)  # reading takes 0.04 of a core
+    assert limit_of(slow_cpu) == v.OTHERS
+    assert "--img_size" not in text(slow_cpu)
 
 
 def test_passing_batches_on_limits_where_neither_reading_nor_decoding_does() -> None:
@@ -358,7 +362,7 @@ def test_two_magnifications_and_a_reading_process(tiny: TinyCohort, tmp_path: Pa
     assert all(rate > 0 for rate in [*rates, found["loader"], found["step"], found["loop"], found["evaluate"]])
     assert found["ema_share"] > 0
     assert 0 <= found["data_wait"] <= 1
-    assert report["limit"] in (v.DEVICE, v.DISK, v.DECODING, v.READING, v.PASSING_ON, v.COPYING, v.CORES)
+    assert report["limit"] in (v.DEVICE, v.DISK, v.DECODING, v.READING, v.PASSING_ON, v.COPYING, v.CORES, v.OTHERS)
     assert report["verdict"][0] in caplog.text
     assert "everything together" in caplog.text
 
