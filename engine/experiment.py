@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import time
+import uuid
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,11 +125,34 @@ def open_records(config: Config, processes: Processes) -> Records:
     """The run's folder with its configuration; the log goes there too."""
     folder = run_folder(config.run)
     records = Records(folder, processes.is_main)
+    check_shared(folder, processes)
     records.start(config, {"processes": processes.world, "device": str(processes.device)})
     set_up_logging(processes.rank, folder / "log.txt")
     if processes.is_main:
         records.tracker = open_trackers(config, folder, {"git_hash": environment()["git_hash"]})
     return records
+
+
+def check_shared(folder: Path, processes: Processes) -> None:
+    """Refuses a run folder that only the machine of process 0 sees: the others read its checkpoints.
+
+    Raises:
+        UserError: on every process, when one of them does not see it.
+    """
+    if processes.world == processes.local_world:
+        return
+    probe = folder / processes.gather(f".shared_{uuid.uuid4().hex}.tmp")[0]  # a name that no file system remembers
+    if processes.is_main:
+        probe.touch()
+    processes.barrier()
+    seen = processes.gather(probe.exists())
+    for left in folder.glob(".shared_*.tmp") if processes.is_main else ():  # those of killed runs too
+        left.unlink()
+    if not all(seen):
+        raise UserError(
+            f"{folder} is there for {sum(seen)} of {len(seen)} processes. Give an --output_path on a disk that all "
+            "machines of the run share, under the same name."
+        )
 
 
 def show_cohort(setup: Setup) -> None:

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,19 +32,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCohort:
     return make_tiny_cohort(tmp_path_factory.mktemp("tiny"), patients=18)
 
 
-def start(processes: int, options: list[str], **variables: str) -> subprocess.Popen[str]:
+def start(processes: int, options: list[str], cwd: Path = ROOT, **variables: str) -> subprocess.Popen[str]:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "MASTER_"))}
     environment = {**kept, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **variables}
     command = ["bash", str(ROOT / "train_dist.sh"), str(processes), *options]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
 
 
-def start_two(options: list[str], **variables: str) -> list[subprocess.Popen[str]]:
+def start_two(options: list[str], folders: Sequence[Path] = (ROOT, ROOT), **variables: str) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     place = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **variables}
-    return [start(1, options, **place, NODE_RANK=str(rank)) for rank in (0, 1)]
+    return [start(1, options, folders[rank], **place, NODE_RANK=str(rank)) for rank in (0, 1)]
 
 
 def end(runs: list[subprocess.Popen[str]], seconds: float = 240) -> list[tuple[int, str]]:
@@ -172,6 +175,17 @@ def test_one_machine_that_is_asked_to_stop_stops_all(tiny: TinyCohort, tmp_path:
     runs[1].send_signal(signal.SIGUSR1)
     assert [status for status, _ in end(runs)] == [75, 75]
     assert "saved behind" in (folder(tmp_path) / "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_folder_that_machines_do_not_share_is_refused(tiny: TinyCohort, tmp_path: Path) -> None:
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for place in folders:
+        place.mkdir()
+    ended = end(start_two(tiny.options(*SMALL, "--output_path=out"), folders, MAX_RESTARTS="3"))
+    assert [status for status, _ in ended] == [2, 2]
+    assert "is there for 1 of 2 processes. Give an --output_path on a disk that all machines" in ended[0][1]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_main_tells_the_launcher_of_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
