@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -75,6 +76,7 @@ def _rank(environment: dict[str, str], output: Path, body: Callable[..., None], 
         os.dup2(file.fileno(), 2)
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
+    multiprocessing.set_start_method("fork", force=True)  # of reading processes, as in a process started by torchrun
     torch.set_num_threads(1)  # sums depend on the number of threads
     body(*arguments)
 
