@@ -14,10 +14,12 @@ import killing
 import torch
 
 
-def results_of(function: Callable[..., Any], world: int, folder: Path, *arguments: Any) -> list[Any]:
+def results_of(
+    function: Callable[..., Any], world: int, folder: Path, *arguments: Any, device: str = "cpu"
+) -> list[Any]:
     """What ``function(processes, *arguments)``, which can be imported, gives on every rank: tensors, lists, dicts."""
     folder.mkdir(parents=True)
-    codes = wait(start(_call, world, folder, function, folder, arguments))
+    codes = wait(start(_call, world, folder, function, folder, arguments, device))
     assert codes == [0] * world, said(folder, world)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
@@ -89,8 +91,8 @@ def _main(options: Sequence[str], fault: Callable[[int], None] | None) -> None:
     sys.exit(main.main(options))
 
 
-def _call(function: Callable[..., Any], folder: Path, arguments: tuple[Any, ...]) -> None:
+def _call(function: Callable[..., Any], folder: Path, arguments: tuple[Any, ...], device: str) -> None:
     from utils.dist import processes
 
-    with processes("cpu") as own:
+    with processes(device) as own:
         torch.save(function(own, *arguments), folder / f"{own.rank}.pt")
