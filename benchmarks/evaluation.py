@@ -154,14 +154,14 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=224 if gpu else 56)
     parser.add_argument("--encoder", default="r18")
     args = parser.parse_args()
-    args.compile = False
+    args.compile, args.sync_bn, args.chunk = False, False, args.call
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if gpu else "cpu")
     with tempfile.TemporaryDirectory() as name:
         counts = {"small": args.patches // 5, "s0": args.patches, "large": args.patches * 5}
         kilobytes = write_store(Path(name) / "high.lmdb", counts, args.stored)
-        bench = Bench(args, make_learner(args, device), PixelSource(PatchStore(Path(name) / "high.lmdb")), device)
+        bench = Bench(args, make_learner(args, Processes(0, 1, device)), PixelSource(PatchStore(Path(name) / "high.lmdb")), device)
         place = torch.cuda.get_device_name() if gpu else "CPU"
         print(
             f"{args.encoder}, {args.patches} patches of {kilobytes:.1f} kB, {args.workers} reading processes, {place}"

@@ -1,13 +1,14 @@
 """How near the training loop comes to the bare step: reading, decoding, views, EMA and all, in one run.
 
-    python -m benchmarks.training [--workers 14] [--bags 8] [--patches 128] [--encoder r18] [--steps 60]
+    python -m benchmarks.training --compile [--workers 14] [--bags 8] [--patches 128] [--encoder r18] [--cores 4 2]
 
 Builds two stores of 256 px JPEGs of about 15 kB (the PANDA recipe's sizes), then measures, one behind the other:
 
 * bare: the training step on patches that are on the device already, rendered and normalised;
 * step: the same with rendering (crops, flips) from uint8 on the device, and EMA;
 * loader: batches from the store to host memory, nobody using them;
-* loop: everything together, epoch boundaries included.
+* loop: everything together, epoch boundaries included; for each number of ``--cores`` once more with so many CPU cores,
+  decoding where ``--jpeg_decoder=auto`` would.
 
 The ratio loop / bare is what the data path costs. Without a GPU it runs a tiny version that only shows that it works.
 """
@@ -15,27 +16,28 @@ The ratio loop / bare is what the data path costs. Without a GPU it runs a tiny 
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from datasets.bags import Bags, PixelSource, SamplingPlan, TrainBags
+from datasets.bags import Bags, PixelSource, SamplingPlan, Source, TrainBags
 from datasets.jpeg import encode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream, train_batches
 from datasets.store import PatchStore, StoreHeader, StoreWriter
 from datasets.views import Renderer, ViewPlan
+from engine.decoding import coded, gpu_decoder
 from engine.learner import Learner
 from engine.tasks import ClassificationTask
 from modules.encoders import build_encoder
 from modules.heads import build_mil
 from modules.model import SlideModel
-from utils.config import ModelConfig, TrainConfig
+from utils.config import DataConfig, ModelConfig, TrainConfig
 from utils.dist import Processes
 
 DISTINCT = 64
@@ -77,24 +79,33 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def make_learner(args: argparse.Namespace, device: torch.device) -> Learner:
+def make_learner(args: argparse.Namespace, processes: Processes) -> Learner:
     """The PANDA recipe: ABMILX with four heads and FFN, Adam, EMA, mixed precision on a GPU."""
+    device = processes.device
     encoder = build_encoder(args.encoder, pretrained=False)
     options = ModelConfig(inner_dim=512, n_heads=4, ffn=True, act="gelu", mil_norm="ln", mil_bias=False)
-    model = SlideModel(build_mil("abmilx", encoder.width, 6, options), encoder, chunk=2048).to(device)
+    model = SlideModel(build_mil("abmilx", encoder.width, 6, options), encoder, chunk=args.chunk).to(device)
     if device.type == "cuda":
         model.encoder = encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     renderer = Renderer(args.crop, encoder.mean, encoder.std, channels_last=device.type == "cuda")
-    train = TrainConfig(amp=device.type == "cuda", torchcompile=args.compile, mm=0.9999)
+    train = TrainConfig(amp=device.type == "cuda", torchcompile=args.compile, mm=0.9999, sync_bn=args.sync_bn)
     task = ClassificationTask(tuple("012345"), "accuracy_macro")
-    return Learner(model, task, renderer, train, Processes(0, 1, device), with_ema=True)
+    return Learner(model, task, renderer, train, processes, with_ema=True)
 
 
-def bags_of(args: argparse.Namespace, folder: Path) -> TrainBags:
-    sources = [PixelSource(PatchStore(folder / name)) for name in ("low.lmdb", "high.lmdb")]
+def batches_of(args: argparse.Namespace, folder: Path, processes: Processes) -> tuple[Iterator[Bags], TrainStream]:
+    """The batches of many epochs, read and decoded as a run with ``--jpeg_decoder=auto`` would."""
+    sources: Sequence[Source] = [PixelSource(PatchStore(folder / name)) for name in ("low.lmdb", "high.lmdb")]
+    decoder = gpu_decoder(DataConfig(), sources[-1], processes)
+    if decoder is not None:
+        sources = coded(sources, processes)
     samples = [Sample(f"s{i}", f"s{i}", (f"s{i}",), {"label": i % 6}) for i in range(args.slides)]
     views = ViewPlan("strong", 0.08, args.stored, args.crop)
-    return TrainBags(samples, sources, SamplingPlan(args.patches, 4.0, pad=True), views, seed=0)
+    bags = TrainBags(samples, sources, SamplingPlan(args.patches, 4.0, pad=True), views, seed=0)
+    rank, world = processes.rank, processes.world
+    stream = TrainStream(args.slides, args.bags, rank=rank, world=world, epochs=(0, 10_000))
+    options = LoaderOptions(args.workers, 2, pin=processes.device.type == "cuda", decoder=decoder)
+    return train_batches(bags, stream, options), stream
 
 
 def loop(learner: Learner, batches: Iterator[Bags], steps: int, device: torch.device) -> float:
@@ -106,16 +117,20 @@ def loop(learner: Learner, batches: Iterator[Bags], steps: int, device: torch.de
     return time.perf_counter() - begin
 
 
+def whole_epochs(learner: Learner, batches: Iterator[Bags], steps: int, stream: TrainStream) -> float:
+    """Steps per second of the whole loop, over whole epochs of about ``steps`` steps together."""
+    device = learner.processes.device
+    loop(learner, batches, max(steps // 3, 2), device)
+    whole = max(steps // stream.steps_per_epoch, 1) * stream.steps_per_epoch
+    return whole / loop(learner, batches, whole, device)
+
+
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    patches = args.bags * args.patches
-    learner = make_learner(args, device)
-    bags = bags_of(args, folder)
-    stream = TrainStream(args.slides, args.bags, epochs=(0, 10_000))
-    options = LoaderOptions(args.workers, 2, pin=device.type == "cuda")
+    patches, processes = args.bags * args.patches, Processes(0, 1, device)
+    learner = make_learner(args, processes)
     learner.model.train()
-
-    batches = train_batches(bags, stream, options)
+    batches, stream = batches_of(args, folder, processes)
     batch = next(batches)
     on_device = batch.to(device)
     figures = {"loader": rate(lambda: next(batches), patches, args.steps, device)}
@@ -123,9 +138,12 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     assert learner.renderer is not None
     rendered = learner.renderer(on_device.instances, batch.draws)
     figures["bare"] = rate(lambda: bare_step(learner, rendered, on_device), patches, args.steps, device)
-    loop(learner, batches, max(args.steps // 3, 2), device)
-    whole = max(args.steps // stream.steps_per_epoch, 1) * stream.steps_per_epoch
-    figures["loop"] = whole * patches / loop(learner, batches, whole, device)
+    figures["loop"] = patches * whole_epochs(learner, batches, args.steps, stream)
+    for cores in args.cores:
+        batches.close()  # type: ignore[attr-defined]
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+        batches, stream = batches_of(args, folder, processes)
+        figures[f"{cores} cores"] = patches * whole_epochs(learner, batches, args.steps, stream)
     return figures
 
 
@@ -138,7 +156,7 @@ def bare_step(learner: Learner, rendered: torch.Tensor, bags: Bags) -> None:
     learner.optimizer.zero_grad(set_to_none=True)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=14 if gpu else 1)
@@ -149,8 +167,15 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=224 if gpu else 56)
     parser.add_argument("--steps", type=int, default=60 if gpu else 3)
     parser.add_argument("--encoder", default="r18")
+    parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--compile", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--sync_bn", action="store_true")
+    parser.add_argument("--cores", type=int, nargs="*", default=[], help="fewer and fewer CPU cores")
+    return parser
+
+
+def main() -> None:
+    gpu, args = torch.cuda.is_available(), make_parser().parse_args()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory() as name:
@@ -166,4 +191,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
