@@ -11,13 +11,13 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from datasets.coded import pack
 from datasets.label_types import Fold
 from engine import task_builder
 from engine.bench_figures import Figures, Setting, table
@@ -33,11 +33,13 @@ from engine.bench_supply import (
     sample_jpegs,
 )
 from engine.bench_verdict import limit_of, verdict
+from engine.decoding import gpu_decoder
 from engine.experiment import set_precision
 from engine.fold import build_learner, training_batches, training_stream
 from engine.records import Records, environment, run_folder
 from engine.setup import Setup, prepare
 from engine.staging import staged
+from engine.timing import seconds_per_call
 from engine.validation import loader_options
 from utils.config import Config
 from utils.cores import usable_cores
@@ -51,6 +53,15 @@ SECONDS = 40.0
 
 SHARES = {"read": 0.15, "decode": 0.15, "step": 0.2, "loader": 0.15, "loop": 0.25, "evaluate": 0.1}
 """How the time is divided. The loop has most: it has to show how a queue runs empty."""
+
+GPU_BATCH = 1024
+"""Patches that a GPU decodes at a time, as in the published recipes: 8 bags of 128."""
+
+GPU_TIMES = 5
+"""Batches decoded: 0.2 s where a GPU decodes 25,000 patches a second."""
+
+BETWEEN = 3
+"""Batches that may be ready in the thread that lets the GPU decode (datasets.coded), besides those of the readers."""
 
 ENDLESS = 1_000_000
 """Epochs in the stream of batches; the measuring stops it."""
@@ -106,7 +117,9 @@ def measure(setup: Setup, fold: Fold, processes: Processes, seconds: float) -> F
     batches = training_batches(setup, fold, processes, training_stream(setup, fold, processes, (0, ENDLESS)))
     first = next(batches)
     started = time.perf_counter() - begin
-    stages = TrainingStages(setup, fold, learner, batches)
+    ready = _readers(setup, processes) * setup.config.data.prefetch_factor
+    ready += BETWEEN if supply.decode_gpu is not None else 0
+    stages = TrainingStages(setup, fold, learner, batches, ready)
     step = stages.step(first, share["step"])
     loader = stages.loader(share["loader"])
     expected = min(step.rate, loader) if stages.workers else 1 / (1 / step.rate + 1 / loader)
@@ -129,13 +142,17 @@ def measure(setup: Setup, fold: Fold, processes: Processes, seconds: float) -> F
     )
 
 
+def _readers(setup: Setup, processes: Processes) -> int:
+    return loader_options(setup, processes, setup.config.data.num_workers).workers
+
+
 def _total(processes: Processes, rate: float) -> float:
     return float(sum(processes.gather(rate)))
 
 
 def _measure_supply(setup: Setup, fold: Fold, processes: Processes, share: dict[str, float]) -> Supply:
     """Reading and decoding by one process, while the others wait, and by all reading processes at once."""
-    workers = loader_options(setup, processes, setup.config.data.num_workers).workers
+    workers = _readers(setup, processes)
     seed, crowd = [fold.seed, processes.rank], f"{max(workers, 1) * processes.world} process(es)"
     reading = Reading(fold.train, setup.sources.train, setup.plan, [*seed, 0])
     others = Reading(fold.train, setup.sources.train, setup.plan, [*seed, 1])
@@ -153,14 +170,25 @@ def _measure_supply(setup: Setup, fold: Fold, processes: Processes, share: dict[
     one = processes.gather(one)[0]
     begin_stage(processes, f"decoding, {crowd}")
     decoded = Rate.joined(processes.gather(by_processes(decoding, workers, share["decode"] / 2)))
-    return Supply(first, again, read, one, decoded)
+    return Supply(first, again, read, one, decoded, _decoding_on_the_gpu(setup, processes, sample[0]))
+
+
+def _decoding_on_the_gpu(setup: Setup, processes: Processes, jpegs: Sequence[bytes]) -> Rate | None:
+    """What the GPUs decode when they do nothing else; None where the options leave decoding to the CPU."""
+    decoder = gpu_decoder(setup.config.data, setup.sources.train[-1], processes)
+    if decoder is None:
+        return None
+    begin_stage(processes, "decoding, GPU")
+    rows = pack((list(jpegs) * GPU_BATCH)[:GPU_BATCH])
+    seconds = seconds_per_call(lambda: decoder(rows), processes.device, GPU_TIMES)
+    return Rate.joined(processes.gather(Rate(GPU_BATCH / seconds)))
 
 
 def _setting(setup: Setup, fold: Fold, processes: Processes) -> Setting:
     from datasets.features import free_memory  # h5py is needed for features only
 
     data, train = setup.config.data, setup.config.train
-    nodes = max(processes.world // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    nodes = max(processes.world // processes.local_world, 1)
     options = loader_options(setup, processes, data.num_workers)
     cuda = processes.device.type == "cuda"
     return Setting(
@@ -182,4 +210,5 @@ def _setting(setup: Setup, fold: Fold, processes: Processes) -> Setting:
         kept=data.persistence,
         data_bytes=bytes_to_read(fold.train, setup.sources.train),
         free_bytes=free_memory(),
+        staged=data.stage_to is not None,
     )

@@ -25,7 +25,6 @@ class Setting:
         data_bytes: size of the files that an epoch may touch.
         free_bytes: memory of this machine that could hold them; None where the system does not say.
         staged: whether the files are copied to a local disk beforehand.
-        gpu_decoder: whether the device decodes.
     """
 
     device: str
@@ -46,8 +45,7 @@ class Setting:
     kept: bool
     data_bytes: int
     free_bytes: int | None
-    staged: bool = False
-    gpu_decoder: bool = False
+    staged: bool
 
     @property
     def readers(self) -> int:
@@ -111,6 +109,7 @@ def table(f: Figures) -> list[str]:
         (f"read, {crowd}", supply.read_all.per_s, _of_files(supply.read_all)),
         ("decode, one process", supply.decode_one.per_s if supply.decode_one else None, ""),
         (f"decode, {crowd}", supply.decode_all.per_s if supply.decode_all else None, ""),
+        ("decode, GPU", supply.decode_gpu.per_s if supply.decode_gpu else None, "doing nothing else"),
         ("batches, nobody using them", f.loader, f"the first one came after {f.start_seconds:.1f} s"),
         ("copy to the device", f.copy, "page-locked" if s.pinned else "not page-locked"),
         ("training step alone", f.step, _parts_of_step(f)),

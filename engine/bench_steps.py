@@ -12,11 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from datasets.bags import Bags, TrainBags
-from datasets.eval_parts import EvalParts, PartPlan
-from datasets.eval_reading import EvalReader
+from datasets.eval_parts import PartPlan
 from datasets.full_bags import FullBags, rehearsal
 from datasets.label_types import Fold
-from datasets.loaders import shard
 from engine import memory
 from engine.bench_supply import Amount, flow
 from engine.evaluate import predict
@@ -24,7 +22,7 @@ from engine.learner import Learner
 from engine.progress import HostCopy, Meter
 from engine.setup import Setup
 from engine.timing import seconds_per_call, wait_for
-from engine.validation import loader_options, part_plan
+from engine.validation import eval_reader, loader_options, part_plan
 from utils.dist import Processes
 from utils.seed import seed_all, step_seed
 
@@ -34,7 +32,7 @@ HELD = 2
 """Batches kept on the device for the bare step: two, as bags may differ in size; more would take the model's room."""
 
 BAGS = 1000
-"""Bags of the evaluation, some of them again where there are fewer, so that its time is never too short."""
+"""Bags of a process in evaluation, some of them again where there are fewer, so that its time is never too short."""
 
 LEAST_PART = 16
 """Patches that evaluation takes at a time, at least, on a device that does fewer in a second."""
@@ -70,10 +68,11 @@ class TrainingStages:
         setup, fold: what is trained on.
         learner: model and step.
         batches: the training stream, which does not end.
+        ready: batches of it that may be ready at most.
     """
 
-    def __init__(self, setup: Setup, fold: Fold, learner: Learner, batches: Iterator[Bags]) -> None:
-        self.setup, self.fold, self.learner, self.batches = setup, fold, learner, batches
+    def __init__(self, setup: Setup, fold: Fold, learner: Learner, batches: Iterator[Bags], ready: int) -> None:
+        self.setup, self.fold, self.learner, self.batches, self.ready = setup, fold, learner, batches, ready
         self.processes, self.device = learner.processes, learner.processes.device
         self.workers = loader_options(setup, self.processes, setup.config.data.num_workers).workers
         self._load, self._size = memory.Load(), 1
@@ -164,7 +163,6 @@ class TrainingStages:
     def loader(self, seconds: float) -> float:
         """Batches as training makes them, which nobody uses: instances per second. None is left ready behind it."""
         begin_stage(self.processes, "batches, nobody using them")
-        ready = self.workers * self.setup.config.data.prefetch_factor
         rest: Iterator[Amount] = iter(())
 
         def pieces() -> Iterator[Amount]:
@@ -173,7 +171,7 @@ class TrainingStages:
                 rest = self._pieces_of(bags)
                 yield from rest
 
-        rate = flow(pieces(), ready, max(self.workers, 1), seconds).per_s
+        rate = flow(pieces(), self.ready, max(self.workers, 1), seconds).per_s
         for _ in rest:
             pass  # the loop begins with a new batch
         return rate
@@ -230,16 +228,12 @@ def evaluation_rate(setup: Setup, fold: Fold, learner: Learner, seconds: float, 
     if not samples:
         return None
     begin_stage(processes, "evaluation")
-    mine = list(shard(len(samples), processes.rank, processes.world))
-    if not mine:
-        return 0.0
-    data, plan = setup.config.data, part_plan(setup)
+    plan = part_plan(setup)
     if setup.encoder is not None:
         most = max(int(trained), LEAST_PART)
         plan = PartPlan(min(plan.run, most), min(plan.call, most), plan.read)
-    parts = EvalParts(samples, setup.sources.test, plan, mine * max(BAGS // len(mine), 1))
-    workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
-    reader = EvalReader({"all": parts}, loader_options(setup, processes, workers), processes.device)
+    often = samples * (-(-BAGS * processes.world // len(samples)))
+    reader = eval_reader(setup, processes, {"all": often}, plan)
     timed = _Timed(reader.read("all"), seconds, processes.device)
     alone = Processes(0, 1, processes.device)
     with memory.explained(memory.Load(), setup.config, training=False):

@@ -68,7 +68,8 @@ class Supply:
         read_first: one process reading what it had not read before.
         read_again: the same once more.
         read_all: all reading processes, other instances.
-        decode_one, decode_all: one process and all; None for features.
+        decode_one, decode_all: one process and all, on CPU cores; None for features.
+        decode_gpu: the GPUs, which do nothing else; None where they do not decode in this run.
     """
 
     read_first: Rate
@@ -76,6 +77,7 @@ class Supply:
     read_all: Rate
     decode_one: Rate | None
     decode_all: Rate | None
+    decode_gpu: Rate | None = None
 
 
 class Reading(Dataset[Amount]):

@@ -50,15 +50,31 @@ def limit_of(f: Figures) -> str:
         return DISK
     if f.loop >= NEAR * f.step:
         return DEVICE
-    if f.data_wait <= WAIT:
-        return COPYING if f.loop >= NEAR * _taking_turns(f) else _crowd(f)
-    if _fast_alone(f):
-        return _crowd(f)
-    if disk_is_slow(f) and f.loader >= NEAR * f.supply.read_all.per_s:
+    if _copies_limit(f):
+        return COPYING
+    if f.data_wait <= WAIT or _fast_alone(f):
+        return DECODING if f.supply.decode_gpu is not None else _crowd(f)
+    return _slowest_supply(f)
+
+
+def _slowest_supply(f: Figures) -> str:
+    """What takes most of the way of a batch from the disk to the device, where batches come too slowly."""
+    supply = f.supply
+    decode = supply.decode_gpu or supply.decode_all
+    if disk_is_slow(f) and f.loader >= NEAR * supply.read_all.per_s:
         return DISK
-    if f.supply.decode_all is not None and f.loader >= HALF * f.supply.decode_all.per_s:
+    if decode is not None and f.loader >= HALF * decode.per_s:
         return DECODING
-    return READING if f.loader >= HALF * f.supply.read_all.per_s else PASSING_ON
+    return READING if f.loader >= HALF * supply.read_all.per_s else PASSING_ON
+
+
+def _copies_limit(f: Figures) -> bool:
+    """Page-locked memory is copied while the device computes, other memory while it waits."""
+    if f.copy is None:
+        return False
+    if f.setting.pinned:
+        return f.copy < f.step and f.loop >= NEAR * f.copy
+    return f.data_wait <= WAIT and f.loop >= NEAR / (1 / f.step + 1 / f.copy)
 
 
 def disk_is_slow(f: Figures) -> bool:
@@ -82,11 +98,6 @@ def _fast_alone(f: Figures) -> bool:
     if f.setting.workers > 0:
         return f.loader * NEAR >= f.step
     return f.loop < NEAR / (1 / f.step + 1 / f.loader)
-
-
-def _taking_turns(f: Figures) -> float:
-    """Instances per second where copying and computing take turns."""
-    return 1 / (1 / f.step + (1 / f.copy if f.copy else 0))
 
 
 def verdict(f: Figures) -> list[str]:
@@ -123,6 +134,8 @@ def _doubt(f: Figures) -> Iterator[str]:
 
 
 def _rates_of_decoding(f: Figures) -> str:
+    if f.supply.decode_gpu is not None:
+        return f" on the GPU, which decodes {number(f.supply.decode_gpu.per_s)} patches/s when it does nothing else"
     if f.supply.decode_one is None or f.supply.decode_all is None:
         return ""
     one, every = number(f.supply.decode_one.per_s), number(f.supply.decode_all.per_s)
@@ -132,7 +145,7 @@ def _rates_of_decoding(f: Figures) -> str:
 def _advice(f: Figures, limit: str) -> Iterator[str]:
     if limit == DEVICE:
         yield from _faster_device(f)
-    if limit in (DECODING, READING, PASSING_ON):
+    if limit in (READING, PASSING_ON) or (limit == DECODING and f.supply.decode_gpu is None):
         yield from _more_processes(f)
     if limit in (DECODING, CORES):
         yield from _less_decoding(f)
@@ -196,7 +209,9 @@ def _less_decoding(f: Figures) -> Iterator[str]:
     s = f.setting
     if s.stored_px is None or s.crop_px is None:
         return
-    if not s.gpu_decoder and s.device == "cuda" and _more_is_needed(f):
+    if f.supply.decode_gpu is not None:
+        yield from _decoding_on_cores(f)
+    elif s.device == "cuda" and f.loader / s.readers * max(s.room, s.readers) < f.step:
         yield "Let the GPU decode: --jpeg_decoder=gpu."
     if s.stored_px > s.crop_px:
         yield (
@@ -206,9 +221,13 @@ def _less_decoding(f: Figures) -> Iterator[str]:
         )
 
 
-def _more_is_needed(f: Figures) -> bool:
-    """Whether the cores are too few to decode what the device takes."""
-    return f.loader / f.setting.readers * max(f.setting.room, f.setting.readers) < f.step
+def _decoding_on_cores(f: Figures) -> Iterator[str]:
+    s, one = f.setting, f.supply.decode_one
+    if one is not None and one.per_s * s.room > SPARE * f.loop:
+        yield (
+            f"The {s.cores} core(s) could decode about {number(one.per_s * s.room)} patches/s: try --jpeg_decoder=cpu "
+            f"--num_workers={s.room // s.processes}."
+        )
 
 
 def _fewer_processes(f: Figures) -> Iterator[str]:
@@ -224,7 +243,10 @@ def _fewer_processes(f: Figures) -> Iterator[str]:
 
 def _faster_copies(f: Figures) -> Iterator[str]:
     if not f.setting.pinned:
-        yield "Give --pin_memory: from page-locked memory the GPU fetches a batch by itself, and faster."
+        yield (
+            "Leave --no_pin_memory out (or give --pin_memory): from page-locked memory the GPU fetches a batch while it "
+            "computes, and faster."
+        )
     else:
         yield "The batches are page-locked already: what is left is the way between memory and GPU."
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 
 from datasets.bags import PixelSource, Source
 from datasets.coded import CodedSource, GpuDecoder
 from datasets.nvjpeg import NvJpegError
 from utils.config import DataConfig
+from utils.cores import usable_cores
 from utils.dist import Processes
 from utils.errors import UserError
 
@@ -28,7 +28,7 @@ BUSY_CORES = 1.5
 
 def cores_of(processes: Processes) -> float:
     """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) / processes.local_world
+    return usable_cores() / processes.local_world
 
 
 def gpu_decoder(data: DataConfig, source: Source, processes: Processes) -> GpuDecoder | None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 from datasets.bags import Bags
 from datasets.coded import GpuDecoder
 from datasets.eval_parts import WHOLE, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
-from datasets.label_types import Fold
+from datasets.label_types import Fold, Sample
 from datasets.loaders import LoaderOptions, shard
 from engine import memory
 from engine.decoding import coded, gpu_decoder
@@ -31,6 +31,22 @@ def part_plan(setup: Setup) -> PartPlan:
     """What is read and encoded at a time in evaluation; features come a bag at a time."""
     config = setup.config
     return WHOLE if setup.encoder is None else PartPlan(config.eval.p_batch_size_v, config.train.p_batch_size)
+
+
+def eval_reader(
+    setup: Setup, processes: Processes, splits: Mapping[str, Sequence[Sample]], plan: PartPlan
+) -> EvalReader:
+    """Reads this process's share of the bags of each split, as the options say."""
+    data, source = setup.config.data, setup.sources.test
+    decoder = gpu_decoder(data, source, processes)
+    if decoder is not None:
+        (source,) = coded([source], processes)
+    parts = {
+        split: EvalParts(samples, source, plan, shard(len(samples), processes.rank, processes.world))
+        for split, samples in splits.items()
+    }
+    workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
+    return EvalReader(parts, loader_options(setup, processes, workers, decoder), processes.device)
 
 
 class Evaluator:
@@ -62,15 +78,5 @@ class Evaluator:
 
     def _reading(self) -> EvalReader:
         if self._reader is None:
-            data, plan, processes = self.setup.config.data, part_plan(self.setup), self.processes
-            source, parts = self.setup.sources.test, {}
-            decoder = gpu_decoder(data, source, processes)
-            if decoder is not None:
-                (source,) = coded([source], processes)
-            for split, samples in self._samples.items():
-                mine = shard(len(samples), processes.rank, processes.world)
-                parts[split] = EvalParts(samples, source, plan, mine)
-            workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
-            options = loader_options(self.setup, processes, workers, decoder)
-            self._reader = EvalReader(parts, options, processes.device)
+            self._reader = eval_reader(self.setup, self.processes, self._samples, part_plan(self.setup))
         return self._reader

@@ -71,6 +71,7 @@ SETTING = Setting(
     kept=False,
     data_bytes=40 * GIB,
     free_bytes=100 * GIB,
+    staged=False,
 )
 
 BALANCED = Figures(
@@ -151,7 +152,6 @@ def test_decoding_limits_and_no_core_is_free() -> None:
     assert "More reading processes do not help" in text(f)
     assert "--num_workers=" not in text(f)
     assert "--jpeg_decoder=gpu" in text(f)
-    assert "--jpeg_decoder=gpu" not in text(decoding_limits(cores=5, gpu_decoder=True))
 
 
 def test_stores_of_the_size_that_the_encoder_sees_are_not_asked_to_be_smaller() -> None:
@@ -205,8 +205,24 @@ def test_copies_that_the_device_waits_for() -> None:
     f = figures({"pinned": False}, copy=20_000, loop=6_600, data_wait=0.02)  # 1 / (1 / 10,000 + 1 / 20,000) = 6,667
     assert limit_of(f) == v.COPYING
     assert "--pin_memory" in text(f)
-    pinned = figures(copy=20_000, loop=6_600, data_wait=0.02)
+    assert limit_of(figures(copy=20_000, loop=6_600, data_wait=0.02)) == v.OTHERS  # page-locked: copied meanwhile
+    pinned = figures(copy=7_000, loop=6_600, data_wait=0.3)
+    assert limit_of(pinned) == v.COPYING
     assert "page-locked already" in text(pinned)
+
+
+def test_a_gpu_that_decodes_and_trains() -> None:
+    by_gpu = {"decode_gpu": Rate(25_000)}
+    shared = figures({"cores": 4, "workers": 3}, by_gpu, loader=24_000, loop=8_000, data_wait=0.2)
+    assert limit_of(shared) == v.DECODING
+    assert "on the GPU, which decodes 25,000" in text(shared)
+    assert "--jpeg_decoder" not in text(shared)  # three cores decode 9,000, hardly more than 8,000
+    assert "--num_workers" not in text(shared)
+    assert "--jpeg_decoder=cpu --num_workers=15" in text(
+        figures(None, by_gpu, loop=8_000, loader=24_000, data_wait=0.2)
+    )
+    slow = figures({"cores": 4}, by_gpu, step=40_000, loader=24_000, loop=22_000, data_wait=0.4)
+    assert limit_of(slow) == v.DECODING
 
 
 def test_cores_that_reading_and_training_share() -> None:
