@@ -244,8 +244,8 @@ def _fewer_processes(f: Figures) -> Iterator[str]:
 def _faster_copies(f: Figures) -> Iterator[str]:
     if not f.setting.pinned:
         yield (
-            "Leave --no_pin_memory out (or give --pin_memory): from page-locked memory the GPU fetches a batch while it "
-            "computes, and faster."
+            "Leave --no_pin_memory out (or give --pin_memory): from page-locked memory the GPU fetches a batch faster, "
+            "and while it computes."
         )
     else:
         yield "The batches are page-locked already: what is left is the way between memory and GPU."
