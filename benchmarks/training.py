@@ -34,6 +34,7 @@ from datasets.views import Renderer, ViewPlan
 from engine.decoding import coded, gpu_decoder
 from engine.learner import Learner
 from engine.tasks import ClassificationTask
+from engine.timing import wait_for
 from modules.encoders import build_encoder
 from modules.heads import build_mil
 from modules.model import SlideModel
@@ -66,17 +67,12 @@ def rate(step: Callable[[], object], patches: int, steps: int, device: torch.dev
     """Patches per second of ``steps`` calls, after a warm-up of a third as many."""
     for _ in range(max(steps // 3, 2)):
         step()
-    synchronise(device)
+    wait_for(device)
     begin = time.perf_counter()
     for _ in range(steps):
         step()
-    synchronise(device)
+    wait_for(device)
     return steps * patches / (time.perf_counter() - begin)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def make_learner(args: argparse.Namespace, processes: Processes) -> Learner:
@@ -113,7 +109,7 @@ def loop(learner: Learner, batches: Iterator[Bags], steps: int, device: torch.de
     begin = time.perf_counter()
     for _ in range(steps):
         learner.step(next(batches), divide_by=1, update=True)
-    synchronise(device)
+    wait_for(device)
     return time.perf_counter() - begin
 
 
