@@ -113,14 +113,15 @@ def test_several_processes_equal_one_for_the_same_global_batch(tiny: TinyCohort,
 
 
 def test_evaluation_of_the_same_weights_is_the_same_to_the_bit(tiny: TinyCohort, tmp_path: Path) -> None:
-    """More processes than some split has bags for; metrics with intervals, reports and predictions."""
+    """More processes than some split has bags for; metrics with intervals, reports and predictions; with readers."""
     options = tiny.options("--model=e2e_r18_abmilx", "--num_epoch=1", "--val2test")
     first = train(options, 1, tmp_path / "1")
     found = {}
     for world in (1, 2, 3, 5):
         folder = tmp_path / f"again{world}"
         shutil.copytree(first.parent, folder / "default")
-        again = train([*options, "--script_mode=test"], world, folder)
+        readers = f"--num_workers={int(world == 5)}"
+        again = train([*options, "--script_mode=test", readers], world, folder)
         results = json.loads((again / "results.json").read_text())
         found[world] = (again / "fold_0_test_predictions.csv").read_text(), results["folds"], results["summary"]
     assert found[2] == found[1]
