@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=224 if gpu else 56)
     parser.add_argument("--encoder", default="r18")
     args = parser.parse_args()
-    args.compile, args.sync_bn, args.chunk = False, False, args.call
+    args.compile, args.sync_bn, args.plain_stem, args.chunk = False, False, False, args.call
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     device = torch.device("cuda" if gpu else "cpu")

@@ -79,6 +79,7 @@ def make_learner(args: argparse.Namespace, processes: Processes) -> Learner:
     """The PANDA recipe: ABMILX with four heads and FFN, Adam, EMA, mixed precision on a GPU."""
     device = processes.device
     encoder = build_encoder(args.encoder, pretrained=False)
+    encoder.fused_stem = encoder.fused_stem and not args.plain_stem
     options = ModelConfig(inner_dim=512, n_heads=4, ffn=True, act="gelu", mil_norm="ln", mil_bias=False)
     model = SlideModel(build_mil("abmilx", encoder.width, 6, options), encoder, chunk=args.chunk).to(device)
     if device.type == "cuda":
@@ -166,6 +167,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunk", type=int, default=2048)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--sync_bn", action="store_true")
+    parser.add_argument("--plain_stem", action="store_true", help="no fused first layers (modules.stem)")
     parser.add_argument("--cores", type=int, nargs="*", default=[], help="fewer and fewer CPU cores")
     return parser
 
@@ -181,7 +183,7 @@ def main() -> None:
         figures = measure(args, folder)
     place = torch.cuda.get_device_name() if gpu else "CPU"
     what = f"{args.encoder}, {args.bags} x {args.patches} patches, {kilobytes:.1f} kB JPEGs"
-    print(f"{what}, {args.workers} workers, {place}")
+    print(f"{what}, {args.workers} workers, {place}{', plain stem' if args.plain_stem else ''}")
     for name, value in figures.items():
         print(f"{name:8} {value:9.0f} patches/s   {value / figures['bare']:.2f} of bare")
 
