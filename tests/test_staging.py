@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
@@ -11,6 +12,7 @@ import shutil
 import threading
 from collections import namedtuple
 from pathlib import Path
+from typing import Any, ClassVar
 
 import lmdb
 import numpy as np
@@ -19,10 +21,13 @@ import torch
 from tiny import TinyCohort, make_tiny_cohort
 
 import datasets.staging as staging
+import engine.staging
 import main
 from datasets.staging import LOCK, Stager, needed_bytes, plan_copy
 from datasets.store import PatchStore
+from utils.dist import Processes
 from utils.errors import UserError
+from utils.stop import Stopped
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +241,50 @@ def test_progress_says_bytes_speed_and_time_left(
         make(plan_copy(str(source), [(source, 8 << 20)], "", tmp_path / "local"), tmp_path / "local")
     assert re.search(r"staging: 0\.00 of 0\.01 GiB \(50 %\), \d+ MB/s, eta \d+s", caplog.text)
     assert re.search(r"staging: 0\.01 GiB copied in \d+s, \d+ MB/s", caplog.text)
+
+
+def test_a_full_disk_is_a_sentence_and_leaves_nothing_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(copy: object, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(staging, "_write", full)
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 5000)
+    copy = plan_copy(str(source), [(source, 5000)], "", tmp_path / "local")
+    with pytest.raises(UserError, match=r"could not be copied to .*: No space left on device\. Make room"):
+        make(copy, tmp_path / "local")
+    assert not any(p.is_file() for p in copy.folder.rglob("*"))
+
+
+# Several processes
+
+
+class Meeting(Processes):
+    """One process whose peers say what they are told to."""
+
+    others: ClassVar[list[tuple[bool, str, bool]]] = []
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *self.others]
+
+
+@pytest.mark.parametrize(
+    ("other", "error"),
+    [((False, "machine b is full", False), UserError("machine b is full")), ((False, "", True), Stopped())],
+)
+def test_all_processes_end_with_the_one_that_fails_or_is_told_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: tuple[bool, str, bool], error: Exception
+) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"x" * 5000)
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(engine.staging, "MEETING_S", 0.0)
+    monkeypatch.setattr(Meeting, "others", [other])
+    copy = plan_copy(str(source), [(source, 5000)], "", tmp_path / "local")
+    for stager in (None, Stager([copy], tmp_path / "local")):
+        with pytest.raises(type(error), match=f"^{error}$"):
+            engine.staging._copy_together(stager, Meeting(0, 2, torch.device("cpu")))
+    assert not any(p.name == "source" for p in (tmp_path / "local").rglob("*"))
 
 
 # Whole runs
