@@ -1,8 +1,8 @@
 """Trains and tests slide-level models: ``python main.py -c config.yaml --option=value ...``.
 
-Without a subcommand it trains. ``main.py check ...`` reads and checks everything that the same run would read,
-``main.py bench ...`` measures what limits it. ``main.py --list`` prints the encoders and MIL heads, ``main.py --help``
-the options.
+Without a subcommand it trains. ``main.py check ...`` reads and checks everything that the same run would read
+(with ``--processes=N``: a run of N processes), ``main.py bench ...`` measures what limits it. ``main.py --list`` prints
+the encoders and MIL heads, ``main.py --help`` the options.
 """
 
 from __future__ import annotations
