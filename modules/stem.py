@@ -76,12 +76,13 @@ def fused_stem(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor | None:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not (isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and _takes(norm, x)):
         return None
+    whole = x.dtype in HALF and not (x.requires_grad and torch.is_grad_enabled())
     if not norm.training:
-        return _evaluate(conv, norm, x)
+        return _evaluate(conv, norm, x) if whole else None
     count = len(x) * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     if count < 2 or norm.momentum is None:
         return None
-    if x.dtype in HALF and not (x.requires_grad and torch.is_grad_enabled()):
+    if whole:
         y, mean, var, *_ = torch.ops.abmilx.stem(x, conv.weight, norm.weight, norm.bias, norm.eps)
     else:
         z = conv(x).contiguous(memory_format=torch.channels_last)
@@ -101,11 +102,10 @@ def _takes(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     return plain and laid_out and len(x) > 0 and x.dtype in (*HALF, torch.float32)
 
 
-def _evaluate(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
-    if x.dtype not in HALF or torch.is_grad_enabled():
-        return None
+def _evaluate(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     statistics = norm.running_mean, norm.running_var
-    fused: Tensor = torch.ops.abmilx.stem_fixed(x, conv.weight, *statistics, norm.weight, norm.bias, norm.eps)
+    y, *_ = torch.ops.abmilx.stem_fixed(x, conv.weight, *statistics, norm.weight, norm.bias, norm.eps)
+    fused: Tensor = y
     return fused
 
 

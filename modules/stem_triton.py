@@ -96,17 +96,27 @@ def stem(
 @torch.library.custom_op(
     "abmilx::stem_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor z, Tensor places, Tensor mean, Tensor var, Tensor weight, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    schema="(Tensor grad, Tensor x, Tensor z, Tensor places, Tensor mean, Tensor var, Tensor weight, float eps, "
+    "bool fixed) -> (Tensor, Tensor, Tensor)",
 )
 def stem_backward(
-    grad: Tensor, x: Tensor, z: Tensor, places: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor,
+    places: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    eps: float,
+    fixed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``stem`` in w (float32), weight and bias, from that in y."""
+    """Gradients of ``stem``, or ``stem_fixed``, in w (float32), weight and bias, from that in y."""
     norm = Norm(mean, var, weight, weight, eps)
     maps = grad, places, z
     total, product = reduce_gradient(maps, norm)
-    return weight_gradient(x, maps, norm, (total, product)), product, total
+    # Statistics that are given do not move with z, and these sums are how far they do.
+    moved = (torch.zeros_like(total), torch.zeros_like(product)) if fixed else (total, product)
+    return weight_gradient(x, maps, norm, moved), product, total
 
 
 @torch.library.custom_op(
@@ -140,16 +150,24 @@ def norm_pool_backward(
 @torch.library.custom_op(
     "abmilx::stem_fixed",
     mutates_args=(),
-    schema="(Tensor x, Tensor w, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps) -> Tensor",
+    schema="(Tensor x, Tensor w, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor, Tensor, Tensor)",
 )
-def stem_fixed(x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The y of ``stem`` with given statistics. It has no gradient."""
-    return pool(convolve(x, w)[0], Norm(mean, var, weight, bias, eps))[0]
+def stem_fixed(
+    x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``stem`` with given statistics, which are constants: y, z and the places of the maxima."""
+    z = convolve(x, w)[0]
+    y, where = pool(z, Norm(mean, var, weight, bias, eps))
+    return y, z, where
 
 
 @stem_fixed.register_fake
-def _(x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return _pooled(_convolved(x, w), x.dtype)
+def _(
+    x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = _convolved(x, w)
+    return _pooled(z, z.dtype), z, _pooled(z, torch.uint8)
 
 
 def _pooled(z: Tensor, dtype: torch.dtype) -> Tensor:
@@ -178,9 +196,17 @@ def _(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[T
 
 @stem_backward.register_fake
 def _(
-    grad: Tensor, x: Tensor, z: Tensor, places: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
+    grad: Tensor,
+    x: Tensor,
+    z: Tensor,
+    places: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    eps: float,
+    fixed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    w = torch.empty_like(weight).new_empty((len(weight), 3, 7, 7))
+    w = weight.new_empty((len(weight), 3, 7, 7))
     return w, torch.empty_like(weight), torch.empty_like(weight)
 
 
@@ -197,8 +223,24 @@ def _differentiate_stem(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tup
     if grad is None:
         return None, None, None, None, None
     grad = grad.contiguous(memory_format=torch.channels_last)
-    w, weight, bias = stem_backward(grad, *ctx.saved_tensors, ctx.eps)
+    w, weight, bias = stem_backward(grad, *ctx.saved_tensors, ctx.eps, False)
     return None, w.to(ctx.type), weight, bias, None
+
+
+def _save_fixed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w, mean, var, weight, _, ctx.eps = inputs
+    _, z, where = output
+    ctx.type = w.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, z, where, mean, var, weight)
+
+
+def _differentiate_fixed(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return None, None, None, None, None, None, None
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    w, weight, bias = stem_backward(grad, *ctx.saved_tensors, ctx.eps, True)
+    return None, w.to(ctx.type), None, None, weight, bias, None
 
 
 def _save_norm_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -216,6 +258,7 @@ def _differentiate_norm_pool(ctx: Any, grad: Tensor | None, *_: Tensor | None) -
 
 
 stem.register_autograd(_differentiate_stem, setup_context=_save_stem)
+stem_fixed.register_autograd(_differentiate_fixed, setup_context=_save_fixed)
 norm_pool.register_autograd(_differentiate_norm_pool, setup_context=_save_norm_pool)
 
 

@@ -69,6 +69,19 @@ def whole_stem_equals_the_plain_modules(ops) -> None:  # type: ignore[no-untyped
         close(outcome(fused, x, conv, norm), outcome(plain, x.double(), *exact), 2e-5)
 
 
+def given_statistics_are_constants(ops) -> None:  # type: ignore[no-untyped-def]
+    x, (conv, norm) = patches(10, 12), layers()
+    norm.running_mean.normal_(3), norm.running_var.uniform_(0.5, 2)
+    conv, norm = conv.eval(), norm.eval()
+    exact = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
+
+    def fused(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        statistics = norm.running_mean, norm.running_var
+        return ops.stem_fixed(x, conv.weight, *statistics, norm.weight, norm.bias, norm.eps)[0]
+
+    close(outcome(fused, x, conv, norm), outcome(plain, x.double(), *exact), 2e-5)
+
+
 def norm_and_pool_have_the_gradient_of_the_plain_modules(ops) -> None:  # type: ignore[no-untyped-def]
     for size in ((7, 7), (5, 6)):
         _, norm = layers()
@@ -163,6 +176,7 @@ def check_all() -> None:
     torch.manual_seed(0)
     stem_triton.TILES.update({name: stem_triton.Tiles(16, 2, lines=2) for name in stem_triton.TILES})
     whole_stem_equals_the_plain_modules(torch.ops.abmilx)
+    given_statistics_are_constants(torch.ops.abmilx)
     norm_and_pool_have_the_gradient_of_the_plain_modules(torch.ops.abmilx)
     ties_go_to_the_first_maximum(torch.ops.abmilx)
     what_is_not_a_number_stays_visible(torch.ops.abmilx)
