@@ -79,7 +79,7 @@ def fused_stem(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor | None:
     whole = x.dtype in HALF and not (x.requires_grad and torch.is_grad_enabled())
     if not norm.training:
         return _evaluate(conv, norm, x) if whole else None
-    count = len(x) * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
+    count = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     if count < 2 or norm.momentum is None:
         return None
     if whole:
@@ -99,7 +99,7 @@ def _runs_on(x: Tensor) -> bool:
 def _takes(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     plain = norm.affine and norm.weight.dtype == torch.float32 and norm.running_mean is not None
     laid_out = x.dim() == 4 and x.shape[1] == 3 and x.is_contiguous(memory_format=torch.channels_last)
-    return plain and laid_out and len(x) > 0 and x.dtype in (*HALF, torch.float32)
+    return plain and laid_out and x.shape[0] > 0 and x.dtype in (*HALF, torch.float32)
 
 
 def _evaluate(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
