@@ -383,6 +383,8 @@ def test_on_a_gpu_it_is_the_plain_step_too(stores, pin: bool, amp: str | None) -
         learner_of(kind, encoder(nn.BatchNorm2d(4), nn.Dropout(0.2)), clip_grad=1.0, **more)
         for kind in (FullBagLearner, Learner)
     ]
+    for learner in pair if amp == "fp16" else ():
+        learner.scaler = torch.amp.GradScaler("cuda", init_scale=64.0)  # the usual one overflows at first
     stream = TrainStream(len(COUNTS), 2, seed=1, epochs=(0, 2))
     plan = ChunkPlan(CHUNK, 11)
     for number, one in enumerate(full_bag_batches(bags_of(stores), stream, LoaderOptions(2, pin=pin), plan)):

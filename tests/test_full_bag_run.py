@@ -77,7 +77,7 @@ def test_two_processes_equal_one_though_they_have_other_numbers_of_calls(tiny: T
         "--no_drop_last",
         "--crop_size=32",
     ]
-    more += ["--accumulation_steps=2", "--test_type=both", "--mm=0.9", "--clip_grad=1"]
+    more += ["--accumulation_steps=2", "--test_type=both", "--mm=0.9", "--clip_grad=1", "--num_epoch=1", "--lr=1e-3"]
     for world in (1, 2):
         train(tiny.options(*more, f"--batch_size={6 // world}"), world, tmp_path / str(world))
     assert epochs(tmp_path / "2")[0]["train_loss"] == pytest.approx(epochs(tmp_path / "1")[0]["train_loss"], rel=1e-4)
