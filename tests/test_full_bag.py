@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import results_of
 from timm.layers import DropPath
 from tiny import SIDE_PX, write_store
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ from datasets.store import PatchStore
 from datasets.views import Renderer, ViewPlan
 from engine.full_bag import FullBagLearner, average_gradients
 from engine.learner import Learner
-from engine.tasks import ClassificationTask, SurvivalTask, Task
+from engine.tasks import ClassificationTask, CoxTask, SurvivalTask, Task
 from modules.heads import build_mil
 from modules.model import SlideModel
 from modules.registry import mils
@@ -79,9 +81,9 @@ def learner_of(kind: type[Learner], trunk: nn.Module, head: str = "abmilx", **mo
     """A learner in float64 with its model in training mode; the same seed gives the same weights."""
     task: Task = more.pop("task", CLASSES)
     dtype, chunk = more.pop("dtype", torch.float64), more.pop("chunk", CHUNK)
-    processes = Processes(0, more.pop("world", 1), more.pop("device", CPU))
-    frozen, dropout = more.pop("frozen", False), more.pop("dropout", 0.0)
-    options = ModelConfig(inner_dim=8, n_heads=2, n_layers=1, act="gelu", dropout=dropout, mil_norm="bn")
+    processes = more.pop("processes", None) or Processes(0, more.pop("world", 1), more.pop("device", CPU))
+    frozen, dropout, norm = more.pop("frozen", False), more.pop("dropout", 0.0), more.pop("mil_norm", "bn")
+    options = ModelConfig(inner_dim=8, n_heads=2, n_layers=1, act="gelu", dropout=dropout, mil_norm=norm)
     torch.manual_seed(0)
     model = SlideModel(build_mil(head, WIDTH, task.outputs, options), trunk, chunk, frozen)
     for parameter in model.parameters():
@@ -310,6 +312,36 @@ def test_parameters_without_a_gradient_anywhere_keep_none(monkeypatch: pytest.Mo
     assert mine[1].grad is not None
     assert mine[1].grad.tolist() == [0.5, 0.5]
     assert mine[2].grad is None
+
+
+def updates(processes: Processes, folder: str, task: str) -> list[dict[str, Tensor]]:
+    """The gradients of every update of two epochs: steps of three bags and of one, two of which share an update."""
+    bags = bags_of([PatchStore(Path(folder) / name) for name in ("low.lmdb", "high.lmdb")])
+    more = {"task": {"classes": CLASSES, "cox": CoxTask()}[task], "mil_norm": "ln", "lr": 1e-12, "weight_decay": 0}
+    learner = learner_of(FullBagLearner, encoder(nn.GroupNorm(2, 4)), processes=processes, **more)
+    found: list[dict[str, Tensor]] = []
+    learner.optimizer.register_step_pre_hook(
+        lambda *_: found.append({k: g.clone() for k, g in gradients(learner).items() if g is not None})
+    )
+    place = {"rank": processes.rank, "world": processes.world}
+    stream = TrainStream(len(COUNTS), 3 // processes.world, seed=1, epochs=(0, 2), drop_last=False, **place)
+    for number, batch in enumerate(full_bag_batches(bags, stream, LoaderOptions(), ChunkPlan(CHUNK, 6))):
+        learner.step(batch, 2, number % 2 == 1, stream.counts(number % stream.steps_per_epoch))
+    return found
+
+
+@pytest.mark.parametrize("task", ["classes", "cox"])
+def test_three_processes_equal_one_though_two_of_them_run_out_of_bags(stores, tmp_path: Path, task: str) -> None:
+    folder = str(stores[0].path.parent)
+    alone, *three = (found for w in (1, 3) for found in results_of(updates, w, tmp_path / str(w), folder, task))
+    assert len(alone) == 2
+    for found in three:
+        for ours, theirs in zip(found, alone, strict=True):
+            assert ours.keys() == theirs.keys()
+            largest = max(float(g.abs().max()) for g in theirs.values())
+            assert largest > 1e-3
+            for name, gradient in theirs.items():
+                torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-6 * largest)
 
 
 # Reading
