@@ -27,8 +27,8 @@ MAX_PX = (1 << 30) - 1
 WHOLE_PX = 16_000_000
 """Decoded whole up to here: Pillow takes up to 16 bytes a pixel (JPEG 2000), mostly 4."""
 
-HELD_BYTES = 250_000_000
-"""What a decoder may hold at once: with the 80 to 200 MB of the rest, a worker stays below 500 MB."""
+HELD_BYTES = 320_000_000
+"""What a decoder may hold at once: with 80 MB of program a worker stays below 500 MB. Segmentation comes later."""
 
 BAND_PX = 4_000_000
 """Pixels of the bands in which a large image is read."""

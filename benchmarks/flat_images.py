@@ -10,6 +10,7 @@ processor time of both. Images and results lie in a temporary folder, about 15 b
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import re
 import resource
@@ -131,7 +132,8 @@ def run(path: Path, folder: Path) -> str:
         environment,
     )
     if create.status:
-        return f"{create.parent_mb} | - | refused: {create.said.strip().splitlines()[-1]}"
+        with (out / "process_list_autogen.csv").open(newline="") as file:
+            return f"{create.parent_mb} | - | {next(csv.DictReader(file))['reason']}"
     save = measured(
         [sys.executable, str(ROOT / "CLAM" / "save_patches.py"), "--data_h5_dir", str(out), "--data_slide_dir"]
         + [str(source), "--csv_path", str(out / "process_list_autogen.csv"), "--patch_dir", str(folder / "store")]
