@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,92 +12,23 @@ import torch
 import torch.distributed as dist
 from ranks import results_of
 from timm.layers import DropPath
-from tiny import SIDE_PX, write_store
 from torch import Tensor, nn
+from whole_bags import CHUNK, CLASSES, COUNTS, CROP_PX, NORMS, bags_of, encoder, full, learner_of, stores_in
 
-import modules.heads  # noqa: F401  (fills the registry)
-from datasets.bags import PixelSource, SamplingPlan, TrainBags
-from datasets.full_bags import PART, ChunkPlan, FullBags, full_bag_batches, rehearsal
-from datasets.labels import Sample
+from datasets.bags import TrainBags
+from datasets.full_bags import ChunkPlan, full_bag_batches
 from datasets.loaders import LoaderOptions, TrainStream
-from datasets.positions import Grid
 from datasets.store import PatchStore
-from datasets.views import Renderer, ViewPlan
 from engine.full_bag import FullBagLearner, average_gradients
 from engine.learner import Learner
-from engine.tasks import ClassificationTask, CoxTask, SurvivalTask, Task
-from modules.heads import build_mil
-from modules.model import SlideModel
+from engine.tasks import CoxTask, SurvivalTask, Task
 from modules.registry import mils
-from utils.config import ModelConfig, TrainConfig
 from utils.dist import Processes
-
-COUNTS = {"a": 13, "b": 9, "c": 17, "d": 4}
-CHUNK, CROP_PX, WIDTH = 5, 12, 6
-CLASSES = ClassificationTask(("x", "y"), "auc")
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> tuple[PatchStore, PatchStore]:
-    """Low and high magnification."""
-    folder = tmp_path_factory.mktemp("stores")
-    labels = {slide: i % 2 for i, slide in enumerate(COUNTS)}
-    write_store(folder / "low.lmdb", labels, {s: 1 + n // 3 for s, n in COUNTS.items()}, seed=1)
-    write_store(folder / "high.lmdb", labels, COUNTS, seed=2)
-    return PatchStore(folder / "low.lmdb"), PatchStore(folder / "high.lmdb")
-
-
-class Pool(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
-
-
-def encoder(norm: nn.Module, *noise: nn.Module) -> nn.Module:
-    """Patches (P, 3, 12, 12) to (P, 6), always the same weights."""
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.GELU(), *noise, nn.Conv2d(4, WIDTH, 3), nn.GELU(), Pool())
-
-
-def batch_norm_in_evaluation_mode() -> nn.Module:
-    norm = nn.BatchNorm2d(4).eval()
-    norm.train = lambda mode=True: norm  # type: ignore[method-assign]
-    norm.running_mean += 0.3  # type: ignore[operator]
-    return norm
-
-
-NORMS = {"group norm": lambda: nn.GroupNorm(2, 4), "fixed batch norm": batch_norm_in_evaluation_mode}
-
-
-def bags_of(stores: Sequence[PatchStore], positions: bool = False) -> TrainBags:
-    grids = [Grid(store, stores[-1]) if positions else None for store in stores]
-    sources = [PixelSource(store, grid=grid) for store, grid in zip(stores, grids, strict=True)]
-    samples = [Sample(s, s, (s,), {"label": i % 2, "event": i % 3 % 2, "time": float(i)}) for i, s in enumerate(COUNTS)]
-    return TrainBags(samples, sources, SamplingPlan(0), ViewPlan("strong_v2", 0.2, SIDE_PX, CROP_PX), seed=3)
-
-
-def learner_of(kind: type[Learner], trunk: nn.Module, head: str = "abmilx", **more: Any) -> Learner:
-    """A learner in float64 with its model in training mode; the same seed gives the same weights."""
-    task: Task = more.pop("task", CLASSES)
-    dtype, chunk = more.pop("dtype", torch.float64), more.pop("chunk", CHUNK)
-    processes = more.pop("processes", None) or Processes(0, more.pop("world", 1), more.pop("device", CPU))
-    frozen, dropout, norm = more.pop("frozen", False), more.pop("dropout", 0.0), more.pop("mil_norm", "bn")
-    options = ModelConfig(inner_dim=8, n_heads=2, n_layers=1, act="gelu", dropout=dropout, mil_norm=norm)
-    torch.manual_seed(0)
-    model = SlideModel(build_mil(head, WIDTH, task.outputs, options), trunk, chunk, frozen)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.5)
-    renderer = Renderer(CROP_PX, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), dtype=dtype)
-    train = TrainConfig(**{"mm": 0.9, **more})
-    learner = kind(model.to(processes.device, dtype), task, renderer, train, processes, with_ema=True)
-    learner.model.train()
-    return learner
-
-
-def full(bags: TrainBags, batch: int, keep: int = 11, workers: int = 0, **plan: Any) -> Iterator[FullBags]:
-    stream = TrainStream(len(COUNTS), batch, seed=1, epochs=(0, 2))
-    return full_bag_batches(bags, stream, LoaderOptions(workers), ChunkPlan(CHUNK, keep, **plan))
+    return stores_in(tmp_path_factory.mktemp("stores"))
 
 
 def steps(learner: Learner, bags: TrainBags, batch: int, count: int = 1, **more: Any) -> list[Tensor]:
@@ -342,63 +272,6 @@ def test_three_processes_equal_one_though_two_of_them_run_out_of_bags(stores, tm
             assert largest > 1e-3
             for name, gradient in theirs.items():
                 torch.testing.assert_close(ours[name], gradient, rtol=0, atol=1e-6 * largest)
-
-
-# Reading
-
-
-@pytest.mark.parametrize("keep", [0, 4, 5, 12, 100])
-@pytest.mark.parametrize("count", [1, 5, 6, 23, 1600])
-def test_all_patches_come_first_and_then_those_that_were_not_kept(count: int, keep: int) -> None:
-    plan = ChunkPlan(CHUNK if count < 1000 else 700, keep)
-    sizes = plan.sizes(count)
-    calls: list[int] = []
-    model = SlideModel(nn.Identity(), nn.Identity(), plan.chunk)
-    model.encoder.register_forward_hook(lambda m, inputs, out: calls.append(len(out)))  # type: ignore
-    model.encode(torch.zeros(count, 1))
-    assert sizes == calls
-    read = [i for begin, end in plan.spans(count) for i in range(begin, end)]
-    stay = sum(sizes[: plan.kept(sizes)])
-    assert stay <= keep
-    assert read == [*range(count), *range(stay, count - sizes[-1])]
-    assert plan.read(count) == len(read)
-    assert all(end - begin <= PART for begin, end in plan.spans(count))
-
-
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_chunks_are_the_patches_of_the_plain_batch_however_they_are_read(stores, workers: int) -> None:
-    bags = bags_of(stores)
-    stream = TrainStream(len(COUNTS), 2, seed=1, epochs=(0, 2))
-    for keys, batch in zip(stream, full(bags_of(stores), 2, keep=6, workers=workers), strict=True):
-        whole = bags[keys]
-        assert (batch.sizes, batch.index) == (whole.sizes, whole.index)
-        assert torch.equal(batch.draws, whole.draws)
-        again = range(batch.kept, len(batch.chunks) - 1)
-        for number in (*range(len(batch.chunks)), *again):
-            begin, end = batch.span(number)
-            patches = torch.empty(end - begin, SIDE_PX, SIDE_PX, 3, dtype=torch.uint8)
-            batch.fill(patches)
-            assert torch.equal(patches, whole.instances[begin:end])
-        assert next(batch.parts, None) is None
-        assert batch.waited > 0
-
-
-def test_patches_that_nobody_asks_for_are_passed_over(stores) -> None:
-    batches = full(bags_of(stores), 1, workers=2)
-    indices = [batch.index for batch in batches]
-    assert len(indices) == 8
-    assert all(len(index) == 1 for index in indices)
-
-
-def test_a_rehearsed_batch_can_be_stepped_on_again_and_again(stores) -> None:
-    bags = bags_of(stores)
-    keys = [(0, 2), (0, 0)]
-    batch, seconds = rehearsal(bags, keys, ChunkPlan(CHUNK, 11))
-    ours = learner_of(FullBagLearner, encoder(nn.BatchNorm2d(4)))
-    assert batch.sizes == bags[keys].sizes
-    assert seconds > 0
-    losses = [float(ours.step(batch, 1, update=False)) for _ in range(3)]
-    assert losses[0] == losses[1] == losses[2]
 
 
 # On a GPU
