@@ -78,7 +78,11 @@ class Learner:
     def _distributed(self, model: SlideModel) -> SlideModel | DistributedDataParallel:
         device = self.processes.device
         ids = [device.index] if device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        # Behind its first step DDP groups the gradients anew, unless it looks for unused parameters. Sums over three
+        # processes and more then have another order, so a run that goes on would differ in the last bit.
+        return DistributedDataParallel(
+            model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=self.options.deter_algo
+        )
 
     def rates(self) -> dict[str, float]:
         """Learning rates: ``lr`` of the head, and ``lr_encoder`` where an encoder is trained."""

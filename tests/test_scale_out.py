@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from killing import Job
 from tiny import TinyCohort, make_tiny_cohort
 
 import main
@@ -149,6 +150,19 @@ def test_a_killed_process_starts_one_machine_again(tiny: TinyCohort, one_machine
     assert status == 0, text[-3000:]
     assert "attempt 2 of 2" in text
     assert_equal(read(tmp_path), one_machine)
+
+
+def test_three_processes_go_on_to_the_bit_with_deterministic_algorithms(tiny: TinyCohort, tmp_path: Path) -> None:
+    options = tiny.options(*SMALL, "--num_epoch=3", "--save_every_min=1e-9", "--deter_algo")
+    assert Job([*options, f"--output_path={tmp_path / 'whole'}"], world=3).wait() == [0, 0, 0]
+    arguments = [*options, f"--output_path={tmp_path / 'killed'}"]
+    job = Job(arguments, world=3)
+    assert job.follow_saves(folder(tmp_path / "killed"), 3)
+    job.send(signal.SIGKILL)
+    job.wait()
+    assert Job(arguments, world=3).wait() == [0, 0, 0]
+    assert "goes on in epoch" in (folder(tmp_path / "killed") / "log.txt").read_text()
+    assert_equal(read(tmp_path / "killed"), read(tmp_path / "whole"))
 
 
 @pytest.mark.slow
