@@ -15,11 +15,12 @@ import torch
 from datasets.label_report import describe as describe_cohort
 from datasets.label_report import write_split
 from engine import task_builder
+from engine.agreement import check_processes, check_same_input
 from engine.bootstrap import bootstrap, summarise
 from engine.dryrun import dry_run
 from engine.fold import FoldRun
 from engine.records import Records, environment, run_folder
-from engine.setup import Setup, build_model, check_processes, prepare
+from engine.setup import Setup, build_model, prepare
 from engine.staging import report_plan, staged
 from engine.tasks import Task
 from engine.testing import FoldResult
@@ -70,6 +71,7 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
     setup = prepare(config)
     if config.run.script_mode != "test":
         check_processes(setup, processes.world)
+    check_same_input(setup, processes)
     if config.run.dry_run:
         report_plan(setup)
         dry_run(setup, processes)

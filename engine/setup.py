@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +12,7 @@ from torch import nn
 from datasets.bags import SamplingPlan
 from datasets.full_bags import ChunkPlan
 from datasets.label_options import LabelOptions
-from datasets.label_types import Fold
 from datasets.labels import Cohort, load_cohort
-from datasets.loaders import TrainStream
 from datasets.sampling import Regions, bag_limit
 from datasets.views import Renderer, ViewPlan
 from engine.precision import Precision
@@ -80,39 +78,6 @@ def prepare(config: Config) -> Setup:
     if sources.stored_px is not None:
         views = ViewPlan(data.img_transform, data.crop_scale, sources.stored_px, data.crop_size, data.img_trans_chunk)
     return Setup(config, encoder, mil, sources, cohort, sampling_plan(data), views, chunk_plan(config))
-
-
-def check_processes(setup: Setup, world: int) -> None:
-    """Refuses what depends on the number of processes, for every fold, before any is trained.
-
-    Args:
-        setup: options and folds.
-        world: number of processes.
-
-    Raises:
-        UserError: when a training split is too small, or a process would have no bag where it needs one.
-    """
-    faults = Faults(f"{world} process{'es' if world > 1 else ''}")
-    for fold in setup.cohort.folds:
-        for fault in _process_faults(setup.config, fold, world):
-            faults.add(f"fold {fold.index}: {fault}")
-    faults.raise_if_any()
-
-
-def _process_faults(config: Config, fold: Fold, world: int) -> Iterator[str]:
-    options, count = config.train, len(fold.train)
-    try:
-        stream = TrainStream(count, options.batch_size, world=world, drop_last=options.drop_last)
-    except UserError as error:
-        yield str(error)
-        return
-    least = min(stream.counts(stream.steps_per_epoch - 1))
-    if options.sync_bn and world > 1 and least == 0:
-        yield (
-            f"the last step of an epoch has {count % (options.batch_size * world)} of {count} bags, fewer than there "
-            "are processes, and sync_bn needs a bag in each. Remove --no_drop_last or --sync_bn, or start fewer "
-            "processes."
-        )
 
 
 def _checked_names(config: Config) -> tuple[str | None, str]:

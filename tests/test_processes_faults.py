@@ -25,10 +25,12 @@ ENCODER = "--model=e2e_timm:test_convnext_abmilx"
 
 CAUSES = {
     "exception": ("RuntimeError: planted", 1),
-    "memory": ("[rank 1] error: the device ran out of memory while", 2),
+    "memory": (" error: the device ran out of memory while", 2),
     "kill": ("", -signal.SIGKILL),
 }
 """Fault -> what is said, and the status of the process."""
+
+FAILING_RANK = {"train": 1, "val": 0, "test": 1}
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyCohort:
 
 
 def fail(kind: str) -> None:
+    sys.stderr.write("the fault begins\n")
     if kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "memory":
@@ -44,6 +47,13 @@ def fail(kind: str) -> None:
     if kind == "sleep":
         time.sleep(600)
     raise RuntimeError("planted")
+
+
+def give_other_input(labels: str, rank: int) -> None:
+    """Process 1 is started with another learning rate and label file."""
+    given = main.main
+    if rank == 1:
+        main.main = lambda options: given([*options, "--lr=1e-3", f"--csv_path={labels}"])
 
 
 def plant(kind: str, phase: str, on_rank: int, rank: int) -> None:
@@ -77,23 +87,33 @@ def plant(kind: str, phase: str, on_rank: int, rank: int) -> None:
 def test_a_fault_on_one_process_ends_the_other(tiny: TinyCohort, tmp_path: Path, kind: str, phase: str) -> None:
     """Also where no launcher looks after the processes: what they do together fails when one is gone."""
     options = tiny.options(ENCODER, "--batch_size=2", "--num_epoch=1", "--num_workers=1")
-    codes, said = train_with_fault(options, tmp_path, functools.partial(plant, kind, phase, 1))
+    failing = FAILING_RANK[phase]
+    codes, said = train_with_fault(options, tmp_path, functools.partial(plant, kind, phase, failing))
     cause, status = CAUSES[kind]
-    assert codes[1] == status, said
-    assert codes[0] not in (0, None), said
+    assert codes[failing] == status, said
+    assert codes[1 - failing] == 1, said
     assert cause in said
     assert said.count("Traceback") == (kind == "exception"), "the other process hides the cause"
 
 
+def test_processes_with_other_options_or_labels_are_refused(tiny: TinyCohort, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.csv"
+    labels.write_text(tiny.csv.read_text().replace("P00,P00-0,0,train\n", ""))
+    options = tiny.options(ENCODER, "--batch_size=2", "--num_epoch=1")
+    codes, said = train_with_fault(options, tmp_path, functools.partial(give_other_input, str(labels)))
+    assert codes == [2, 2], said
+    assert "process 1 has other values than process 0 of lr (0.0002 -> 0.001), labels and splits (" in said
+
+
 def launched(command: list[str], environment: dict[str, str]) -> tuple[int, str, float]:
-    """Status and words of a launch, and the seconds from the first training step on."""
+    """Status and words of a launch, and the seconds from the fault, or else the start of the training, to its end."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **environment}
     run = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert run.stderr is not None
     lines, begin = [], time.monotonic()
     for line in run.stderr:
         lines.append(line)
-        begin = time.monotonic() if "instances per training bag" in line else begin
+        begin = time.monotonic() if "instances per training bag" in line or "the fault begins" in line else begin
     return run.wait(), "".join(lines), time.monotonic() - begin
 
 
