@@ -27,6 +27,7 @@ import flat_tiff  # noqa: E402, F401  (before the limits below are lowered)
 import slide_image  # noqa: E402
 import spooled  # noqa: E402
 from image_probe import damage, held_bytes  # noqa: E402
+from pixel_rows import ORDERS, Layout, PixelRows  # noqa: E402
 from slides import RegionError, open_slide  # noqa: E402
 
 from utils.errors import UserError  # noqa: E402
@@ -169,6 +170,37 @@ def test_uncompressed_tiff_of_one_strip_is_read_in_place(samples, tmp_path, ever
     np.testing.assert_array_equal(regions(tmp_path / "t.tif")[-1], whole)
     with open_slide(tmp_path / "t.tif") as slide:
         assert slide._rows is not None
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bottom_up", [False, True])
+def test_tiles_put_into_a_file_of_rows_are_found_there(order, bottom_up, tmp_path):
+    """Rows with padding, either way up, tiles that reach over the edges; every order gives the same colours."""
+    channels = {"RGB": [0, 1, 2], "BGR": [2, 1, 0], "L": [0]}.get(order[:3], [0])
+    pixels = picture()[..., channels]
+    if len(order) == 4:
+        pixels = np.dstack([pixels, np.where(picture()[..., 0] > 100, 0, 9).astype(np.uint8)])
+    stride = WIDTH * len(order) + 5
+    path = tmp_path / "rows"
+    path.write_bytes(bytes(11 + HEIGHT * stride))
+    layout = Layout(WIDTH, HEIGHT, order, 11, stride)
+    if bottom_up:
+        layout = layout._replace(offset=11 + (HEIGHT - 1) * stride, stride=-stride)
+    rows = PixelRows(os.open(path, os.O_RDWR), layout)
+    for y in range(0, HEIGHT, 32):
+        for x in range(0, WIDTH, 48):
+            tile = np.zeros((32, 48, len(order)), np.uint8)
+            part = pixels[y : y + 32, x : x + 48]
+            tile[: part.shape[0], : part.shape[1]] = part
+            rows.write((x, y), tile)
+    expected = np.repeat(picture()[..., :1], 3, 2) if order == "L" else picture().copy()
+    if order.endswith("A"):
+        expected[pixels[..., 3] == 0] = 0
+    np.testing.assert_array_equal(rows.region((0, 0), SIZE), expected)
+    np.testing.assert_array_equal(rows.region((-3, 90), (20, 20))[:5, 3:], expected[90:, :17])
+    rows.close()
+    top = path.read_bytes()[11 : 11 + len(order)]
+    assert top == pixels[-1 if bottom_up else 0, 0].tobytes()
 
 
 def damaged(path: Path, how: str) -> None:
