@@ -39,6 +39,17 @@ if what == "die once" and attempts == 1:
         time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(300)
+if what == "save slowly":
+    told = []
+    signal.signal(signal.SIGUSR1, lambda *_: told.append("usr1"))
+    signal.signal(signal.SIGTERM, lambda *_: (out / "term").touch())
+    (out / f"ready{rank}").touch()
+    while not told:
+        time.sleep(0.05)
+    time.sleep(2)
+    leave_mark()
+    time.sleep(0.3)
+    os._exit(75)
 if what == "fault":
     leave_mark(2)
     sys.exit(2)
@@ -132,6 +143,21 @@ def test_a_machine_that_dies_ends_the_other_within_a_minute(checkout: Path, tmp_
 def test_a_fault_or_a_stop_is_not_tried_again(checkout: Path, tmp_path: Path, what: str, status: int) -> None:
     assert end([start(checkout, 2, str(tmp_path), what, MAX_RESTARTS="5")])[0][0] == status
     assert len((tmp_path / "rank0").read_text().splitlines()) == 1
+
+
+def test_processes_that_are_told_by_usr1_have_the_time_they_need(checkout: Path, tmp_path: Path) -> None:
+    run = start(checkout, 1, str(tmp_path), "save slowly")
+    wait_for(tmp_path / "ready0")
+    run.send_signal(signal.SIGUSR1)
+    assert end([run])[0][0] == 75
+    assert not (tmp_path / "term").exists(), "torchrun was told, and would kill after 30 seconds"
+
+
+def test_a_wish_to_stop_that_comes_before_anybody_listens_is_heeded(checkout: Path, tmp_path: Path) -> None:
+    run = start(checkout, 2, str(tmp_path), "hang", MAX_RESTARTS="3")
+    wait_for(tmp_path / "rank0", tmp_path / "rank1")
+    run.send_signal(signal.SIGUSR1)
+    assert end([run])[0][0] == 75
 
 
 def test_one_machine_tries_again_as_often_as_it_is_told(checkout: Path, tmp_path: Path) -> None:

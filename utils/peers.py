@@ -198,7 +198,7 @@ class Peers:
             if failed or self._lost:
                 self._kill_at = now + (0 if self._lost else min(GRACE_S.get(s, OTHER_GRACE_S) for s in failed))
         elif now > self._kill_at:
-            kill_children()
+            signal_children(signal.SIGKILL)
             if now > self._kill_at + LAST_RESORT_S:
                 _tell(f"the processes of this machine do not end ({self._lost or 'another machine failed'}); leaving")
                 os._exit(1)
@@ -278,16 +278,18 @@ def _wait_for_main(nodes: Nodes) -> None:
             time.sleep(0.5)
 
 
-def kill_children() -> None:
-    """Ends the processes that this one started, at once."""
-    own = os.getpid()
+def signal_children(number: signal.Signals) -> int:
+    """Sends a signal to the processes that this one started; returns how many (0 where there is no /proc)."""
+    own, told = os.getpid(), 0
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(path.read_text().rpartition(")")[2].split()[1])
             if parent == own:
-                os.kill(int(path.parent.name), signal.SIGKILL)
+                os.kill(int(path.parent.name), number)
+                told += 1
         except (OSError, IndexError, ValueError):  # it has ended by itself
             continue
+    return told
 
 
 def _free_port() -> int:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from utils.errors import UserError  # noqa: E402
 from utils.nodes import Nodes, read_nodes  # noqa: E402
-from utils.peers import Ending, LostError, Peers  # noqa: E402
+from utils.peers import Ending, LostError, Peers, signal_children  # noqa: E402
 from utils.stop import FAULT, MARK, RESTARTS, STATUS  # noqa: E402
 
 # Port 0 lets the rendezvous take a free port; the address keeps it off a host name that may not resolve.
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
-    signal.signal(signal.SIGUSR1, _as_sigterm)
+    signal.signal(signal.SIGUSR1, _pass_on)
     try:
         nodes = read_nodes(os.environ)
         os.environ[RESTARTS] = str(nodes.restarts)
@@ -107,14 +107,18 @@ def _attempt(argv: list[str]) -> Ending:
             if isinstance(error, SignalException):
                 return Ending(128 + int(error.sigval), cause=f"the launcher got signal {int(error.sigval)}")
             rank, failure = error.get_first_failure()
+            if failure.exitcode == -signal.SIGUSR1:  # it was asked before it could listen
+                return Ending(STATUS, cause="asked to stop")
             how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
             return Ending(1, again=True, cause=f"process {rank} {how}")
         except (RendezvousError, RuntimeError) as error:
             return Ending(1, again=True, cause=f"torchrun failed: {error}")
 
 
-def _as_sigterm(number: int, frame: FrameType | None) -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """Tells the processes only; torchrun, which would kill them after 30 seconds, hears of it when they have saved."""
+    if not signal_children(signal.Signals(number)):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
