@@ -20,6 +20,7 @@ import torch
 from datasets.coded import pack
 from datasets.label_types import Fold
 from engine import task_builder
+from engine.agreement import check_processes, check_same_input
 from engine.bench_figures import Figures, Setting, table
 from engine.bench_steps import TrainingStages, begin_stage, evaluation_rate
 from engine.bench_supply import (
@@ -89,7 +90,10 @@ def bench(config: Config, processes: Processes, seconds: float = SECONDS) -> Fig
         UserError: for faults in what the user gave, or too little memory.
     """
     set_precision(config)
-    setup = staged(prepare(config), processes)
+    setup = prepare(config)
+    check_processes(setup, processes.world)
+    check_same_input(setup, processes)
+    setup = staged(setup, processes)
     figures = measure(setup, setup.cohort.folds[0], processes, seconds)
     sentences = verdict(figures)
     for line in (*table(figures), *sentences):
