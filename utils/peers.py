@@ -113,7 +113,7 @@ class Peers:
         self._say(attempt=attempt, port=_free_port() if self._nodes.rank == 0 else 0)
         missing = self._missing(attempt)
         if missing:
-            _tell(f"machine {self._nodes.rank} of {self._nodes.count} waits for machine(s) {_listed(missing)}")
+            tell(f"machine {self._nodes.rank} of {self._nodes.count} waits for machine(s) {_listed(missing)}")
         if not self._wait(lambda: not self._missing(attempt), JOIN_S):
             raise UserError(
                 f"machine(s) {_listed(self._missing(attempt))} of {self._nodes.count} did not come within "
@@ -200,7 +200,7 @@ class Peers:
         elif now > self._kill_at:
             signal_children(signal.SIGKILL)
             if now > self._kill_at + LAST_RESORT_S:
-                _tell(f"the processes of this machine do not end ({self._lost or 'another machine failed'}); leaving")
+                tell(f"the processes of this machine do not end ({self._lost or 'another machine failed'}); leaving")
                 os._exit(1)
 
     # Parts
@@ -273,7 +273,7 @@ def _wait_for_main(nodes: Nodes) -> None:
                     "close the ports between the machines."
                 ) from error
             if waited > 5 and not told:
-                _tell(f"machine {nodes.rank} waits for machine 0 at {nodes.address}:{nodes.port} ({error})")
+                tell(f"machine {nodes.rank} waits for machine 0 at {nodes.address}:{nodes.port} ({error})")
                 told = True
             time.sleep(0.5)
 
@@ -302,5 +302,6 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers[:8])) + (" ..." if len(numbers) > 8 else "")
 
 
-def _tell(sentence: str) -> None:
+def tell(sentence: str) -> None:
+    """Writes a sentence of the launcher to standard error."""
     sys.stderr.write(f"train_dist.sh: {sentence}\n")

@@ -20,7 +20,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from utils.errors import UserError  # noqa: E402
 from utils.nodes import Nodes, read_nodes  # noqa: E402
-from utils.peers import Ending, LostError, Peers, signal_children  # noqa: E402
+from utils.peers import Ending, LostError, Peers, signal_children, tell  # noqa: E402
 from utils.stop import FAULT, MARK, RESTARTS, STATUS  # noqa: E402
 
 # Port 0 lets the rendezvous take a free port; the address keeps it off a host name that may not resolve.
@@ -33,24 +33,32 @@ def main(argv: list[str]) -> int:
     Args:
         argv: torchrun's arguments, without those that say which machines there are.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-
-    signal.signal(signal.SIGUSR1, _pass_on)
     try:
         nodes = read_nodes(os.environ)
         os.environ[RESTARTS] = str(nodes.restarts)
-        peers = Peers(nodes, {"arguments": argv, "MAX_RESTARTS": nodes.restarts}) if nodes.count > 1 else None
-        ending = _attempts(nodes, peers, argv)
-        if peers is not None:
-            peers.leave()
+        return _run(nodes, argv)
     except UserError as error:
-        sys.stderr.write(f"train_dist.sh: error: {error}\n")
+        tell(f"error: {error}")
         return FAULT
     except LostError as error:
-        sys.stderr.write(f"train_dist.sh: {error}, so the run ends. The same command on every machine goes on.\n")
+        tell(f"{error}, so the run ends. The same command on every machine goes on.")
         return 1
+
+
+def _run(nodes: Nodes, argv: list[str]) -> int:
+    from torch.distributed.elastic.multiprocessing.api import SignalException  # torch takes seconds to import
+
+    signal.signal(signal.SIGUSR1, _pass_on)
+    try:
+        if nodes.count == 1:
+            return _attempts(nodes, None, argv).status
+        peers = Peers(nodes, {"arguments": argv, "MAX_RESTARTS": nodes.restarts})
+        ending = _attempts(nodes, peers, argv)
+        peers.leave()
     except SignalException as error:
         return 128 + int(error.sigval)
+    if ending.cause:
+        tell(f"the run ends: {ending.cause}.")
     return ending.status
 
 
@@ -66,9 +74,8 @@ def _attempts(nodes: Nodes, peers: Peers | None, argv: list[str]) -> Ending:
         left = nodes.restarts - attempt
         if not ending.again or not left:
             break
-        sys.stderr.write(
-            f"train_dist.sh: {ending.cause}. The run goes on from its last saved state, attempt {attempt + 2} of "
-            f"{nodes.restarts + 1}.\n"
+        tell(
+            f"{ending.cause}. The run goes on from its last saved state, attempt {attempt + 2} of {nodes.restarts + 1}."
         )
     return ending
 
