@@ -20,31 +20,41 @@ from torch import Tensor
 
 from modules import stem_kernels as kernels
 
-LINE, LINES = 32, 8
-"""Numbers of a kernel row and rows of the kernel, as the matrix units take them."""
+DEPTH = 4 * 4 * 16
+"""Numbers of 4 x 4 blocks of 2 x 2 pixels, 12 and 4 zeros each: what one number of z is made of."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How a kernel divides its work: rows of a tile, tiles of a program, warps, loads in flight, kernel rows a step."""
+    """How a kernel divides its work.
+
+    Attributes:
+        rows, repeat: pixels (fours of pixels, columns) of a tile, and tiles of a program.
+        warps, stages: warps of a program and loads in flight.
+        lines: rows of blocks of the convolution that are taken in one step: 1, 2 or 4.
+        registers: the most that a thread may use; 0: as many as the compiler likes.
+    """
 
     rows: int
     repeat: int
     warps: int = 4
     stages: int = 3
     lines: int = 1
+    registers: int = 0
 
     def options(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "REPEAT": self.repeat, "num_warps": self.warps, "num_stages": self.stages}
+        options = {"ROWS": self.rows, "REPEAT": self.repeat, "num_warps": self.warps, "num_stages": self.stages}
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 TILES = {
+    "blocks": Tiles(128, 14),
     "convolve": Tiles(128, 7),
-    "moments": Tiles(64, 28),
+    "moments": Tiles(128, 14, warps=8),
     "pool": Tiles(8, 14, warps=2),
-    "reduce": Tiles(16, 49),
-    "spread": Tiles(16, 14),
-    "weights": Tiles(32, 98, warps=8),
+    "reduce": Tiles(16, 49, warps=8),
+    "spread": Tiles(8, 14),
+    "weights": Tiles(16, 196, warps=8, stages=1),
 }
 """Fastest tiles of every kernel, measured on an H100."""
 
@@ -70,11 +80,12 @@ class Norm:
 @torch.library.custom_op(
     "abmilx::stem",
     mutates_args=(),
-    schema="(Tensor x, Tensor w, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor w, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def stem(
     x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``max_pool2d(relu(batch_norm(conv2d(x, w, stride=2, padding=3))), 3, 2, 1)``, with the batch's own statistics.
 
     Args:
@@ -85,23 +96,24 @@ def stem(
         eps: of BatchNorm.
 
     Returns:
-        y; mean and biased variance (C,) float32 of z; z; and the places of the maxima, uint8, shaped as y.
+        y; mean and biased variance (C,) float32 of z; patches as blocks; z; and the places of the maxima, uint8.
     """
-    z, means, squares = convolve(x, w)
+    blocks = to_blocks(x)
+    z, means, squares = convolve(blocks, w)
     mean, var = merge(means, squares, z, TILES["convolve"])
     y, where = pool(z, Norm(mean, var, weight, bias, eps))
-    return y, mean, var, z, where
+    return y, mean, var, blocks, z, where
 
 
 @torch.library.custom_op(
     "abmilx::stem_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor z, Tensor places, Tensor mean, Tensor var, Tensor weight, float eps, "
+    schema="(Tensor grad, Tensor blocks, Tensor z, Tensor places, Tensor mean, Tensor var, Tensor weight, float eps, "
     "bool fixed) -> (Tensor, Tensor, Tensor)",
 )
 def stem_backward(
     grad: Tensor,
-    x: Tensor,
+    blocks: Tensor,
     z: Tensor,
     places: Tensor,
     mean: Tensor,
@@ -116,7 +128,7 @@ def stem_backward(
     total, product = reduce_gradient(maps, norm)
     # Statistics that are given do not move with z, and these sums are how far they do.
     moved = (torch.zeros_like(total), torch.zeros_like(product)) if fixed else (total, product)
-    return weight_gradient(x, maps, norm, moved), product, total
+    return weight_gradient(blocks, maps, norm, moved), product, total
 
 
 @torch.library.custom_op(
@@ -151,23 +163,25 @@ def norm_pool_backward(
     "abmilx::stem_fixed",
     mutates_args=(),
     schema="(Tensor x, Tensor w, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
 )
 def stem_fixed(
     x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``stem`` with given statistics, which are constants: y, z and the places of the maxima."""
-    z = convolve(x, w)[0]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``stem`` with given statistics, which are constants: y, blocks, z and the places of the maxima."""
+    blocks = to_blocks(x)
+    z = convolve(blocks, w)[0]
     y, where = pool(z, Norm(mean, var, weight, bias, eps))
-    return y, z, where
+    return y, blocks, z, where
 
 
 @stem_fixed.register_fake
 def _(
     x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    z = _convolved(x, w)
-    return _pooled(z, z.dtype), z, _pooled(z, torch.uint8)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    blocks = _blocks(x)
+    z = _convolved(blocks, w)
+    return _pooled(z, z.dtype), blocks, z, _pooled(z, torch.uint8)
 
 
 def _pooled(z: Tensor, dtype: torch.dtype) -> Tensor:
@@ -189,15 +203,19 @@ def _(
 
 
 @stem.register_fake
-def _(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    z = _convolved(x, w)
-    return _pooled(z, z.dtype), torch.empty_like(weight), torch.empty_like(weight), z, _pooled(z, torch.uint8)
+def _(
+    x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    blocks = _blocks(x)
+    z = _convolved(blocks, w)
+    mean, var = torch.empty_like(weight), torch.empty_like(weight)
+    return _pooled(z, z.dtype), mean, var, blocks, z, _pooled(z, torch.uint8)
 
 
 @stem_backward.register_fake
 def _(
     grad: Tensor,
-    x: Tensor,
+    blocks: Tensor,
     z: Tensor,
     places: Tensor,
     mean: Tensor,
@@ -211,12 +229,12 @@ def _(
 
 
 def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, weight, _, ctx.eps = inputs
-    _, mean, var, z, where = output
+    _, w, weight, _, ctx.eps = inputs
+    _, mean, var, blocks, z, where = output
     ctx.type = w.dtype
     # Else autograd makes zeros for the outputs that nobody differentiates, z among them.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, z, where, mean, var, weight)
+    ctx.save_for_backward(blocks, z, where, mean, var, weight)
 
 
 def _differentiate_stem(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -228,11 +246,11 @@ def _differentiate_stem(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tup
 
 
 def _save_fixed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w, mean, var, weight, _, ctx.eps = inputs
-    _, z, where = output
+    _, w, mean, var, weight, _, ctx.eps = inputs
+    _, blocks, z, where = output
     ctx.type = w.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, z, where, mean, var, weight)
+    ctx.save_for_backward(blocks, z, where, mean, var, weight)
 
 
 def _differentiate_fixed(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -266,9 +284,14 @@ def _precision(x: Tensor) -> str:
     return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
-def _convolved(x: Tensor, w: Tensor) -> Tensor:
-    shape = x.shape[0], w.shape[0], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
+def _blocks(x: Tensor) -> Tensor:
+    shape = x.shape[0], 16, (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
     return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def _convolved(blocks: Tensor, w: Tensor) -> Tensor:
+    shape = blocks.shape[0], w.shape[0], *blocks.shape[2:]
+    return blocks.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
 def _programs(z: Tensor, size: int, tiles: Tiles) -> int:
@@ -280,28 +303,38 @@ def _fours(z: Tensor) -> int:
 
 
 def packed(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights (C, 3, 7, 7) as the matrix (8 * 32, C) that the kernels take; its rows: kernel row, column, colour."""
-    lines = w.to(dtype).permute(2, 3, 1, 0).reshape(7, 21, len(w))
-    return torch.nn.functional.pad(lines, (0, 0, 1, LINE - 22, 0, LINES - 7)).reshape(LINES * LINE, len(w))
+    """Weights (C, 3, 7, 7) as the matrix (4 * 64, C) that the kernels take."""
+    whole = torch.nn.functional.pad(w.to(dtype), (1, 0, 1, 0)).view(len(w), 3, 4, 2, 4, 2)
+    blocks = whole.permute(2, 4, 3, 5, 1, 0).reshape(16, 12, len(w))  # of 4 x 4; row, column, colour
+    return torch.nn.functional.pad(blocks, (0, 0, 0, 4)).view(DEPTH, len(w))
 
 
 def unpacked(matrix: Tensor) -> Tensor:
-    """(C, 8 * 32) as a kernel (C, 3, 7, 7)."""
-    lines = matrix.view(len(matrix), LINES, LINE)[:, :7, 1:22]
-    return lines.reshape(len(matrix), 7, 7, 3).permute(0, 3, 1, 2).contiguous()
+    """(C, 4 * 64) as weights (C, 3, 7, 7)."""
+    blocks = matrix.view(len(matrix), 16, 16)[:, :, :12].reshape(len(matrix), 4, 4, 2, 2, 3)
+    whole = blocks.permute(0, 5, 1, 3, 2, 4).reshape(len(matrix), 3, 8, 8)
+    return whole[:, :, 1:, 1:].contiguous()
 
 
-def convolve(x: Tensor, w: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """z, and mean and sum of squared deviations of every program's pixels, (programs, C) each."""
-    tiles = tiles or TILES["convolve"]
-    z = _convolved(x, w)
-    programs, channels = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1]
-    means, squares = x.new_empty((2, programs, channels), dtype=torch.float32)
+def to_blocks(x: Tensor, tiles: Tiles | None = None) -> Tensor:
+    """Patches as blocks (P, 16, A, B), channels-last."""
+    tiles, blocks = tiles or TILES["blocks"], _blocks(x)
+    programs = _programs(x, blocks.shape[2] * blocks.shape[3], tiles)
     with torch.cuda.device_of(x):
+        kernels.to_blocks[(programs,)](x, blocks, *x.shape[2:], **tiles.options())
+    return blocks
+
+
+def convolve(blocks: Tensor, w: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The convolution z, and mean and sum of squared deviations of every program's pixels, (programs, C) each."""
+    tiles, z = tiles or TILES["convolve"], _convolved(blocks, w)
+    programs, channels = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1]
+    means, squares = z.new_empty((2, programs, channels), dtype=torch.float32)
+    with torch.cuda.device_of(z):
         kernels.convolve[(programs,)](
-            *(x, packed(w, x.dtype), z, means, squares),
-            *(*x.shape[2:], channels),
-            **(tiles.options() | {"LINES": tiles.lines, "PRECISION": _precision(x)}),
+            *(blocks, packed(w, z.dtype), z, means, squares),
+            *(*z.shape[2:], channels),
+            **(tiles.options() | {"LINES": tiles.lines, "PRECISION": _precision(z)}),
         )
     return z, means, squares
 
@@ -369,15 +402,15 @@ def spread_gradient(maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = No
     return dz
 
 
-def weight_gradient(x: Tensor, maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = None) -> Tensor:
+def weight_gradient(blocks: Tensor, maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = None) -> Tensor:
     """The gradient of the convolution's weights (C, 3, 7, 7), float32, from the sums of ``reduce_gradient``."""
     tiles, z = tiles or TILES["weights"], maps[2]
     programs, channels, count = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1], z.numel() // z.shape[1]
-    parts = x.new_empty((programs, channels, LINES * LINE), dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    parts = z.new_empty((programs, channels, DEPTH), dtype=torch.float32)
+    with torch.cuda.device_of(z):
         kernels.weight_gradient[(programs,)](
-            *(x, *maps, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, parts, norm.eps),
-            *(*x.shape[2:], channels),
-            **(tiles.options() | {"PRECISION": _precision(x)}),
+            *(blocks, *maps, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, parts, norm.eps),
+            *(*z.shape[2:], channels),
+            **(tiles.options() | {"PRECISION": _precision(z)}),
         )
     return unpacked(parts.sum(0))
