@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from datasets.ahead import in_thread
 from datasets.bags import Bags
@@ -114,6 +115,11 @@ class EvalReader:
             self._close()
         for parts in self.splits.values():
             parts.ring = None
+        processes = None if self._loader is None else self._loader._iterator
+        if isinstance(processes, _MultiProcessingDataLoaderIter):
+            # When left to the garbage collector behind an error, torch closes the queues first and the processes, which
+            # do not hear that they should end, are waited for (5 s each).
+            processes._shutdown_workers()
         self._loader = self._ring = None
 
 

@@ -12,28 +12,9 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.host_copy import HostCopy
 
 log = logging.getLogger(__name__)
-
-
-class HostCopy:
-    """A number on its way from the device: asking for it waits for what was queued before it, not for what came behind.
-
-    ``float(tensor)`` would wait for all work that is queued, and the device would idle while the next step is launched.
-    """
-
-    def __init__(self, number: Tensor) -> None:
-        self._number, self._there = number, None
-        if number.is_cuda:
-            self._number = torch.empty_like(number, device="cpu", pin_memory=True)
-            self._number.copy_(number, non_blocking=True)
-            self._there = torch.cuda.Event()
-            self._there.record()
-
-    def value(self) -> float:
-        if self._there is not None:
-            self._there.synchronize()
-        return float(self._number)
 
 
 class LossMeter:

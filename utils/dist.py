@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
+from utils.host_copy import HostCopy
 from utils.stop import MARK, StopRequest
 
 
@@ -69,7 +70,7 @@ class Poll:
 
     def __init__(self, processes: Processes) -> None:
         self._processes = processes
-        self._pending: torch.Tensor | None = None
+        self._pending: HostCopy | None = None
 
     def ask(self, wish: int) -> int:
         """States this rank's wish; gives the largest one of the question before, the same number on every rank.
@@ -78,9 +79,10 @@ class Poll:
         """
         if self._processes.world == 1:
             return wish
-        answer = 0 if self._pending is None else int(self._pending)
-        self._pending = torch.tensor(wish, device=self._processes.device)
-        dist.all_reduce(self._pending, dist.ReduceOp.MAX)
+        answer = 0 if self._pending is None else int(self._pending.value())
+        question = torch.tensor(wish, device=self._processes.device)
+        dist.all_reduce(question, dist.ReduceOp.MAX)
+        self._pending = HostCopy(question)
         return answer
 
     def forget(self) -> None:

@@ -13,7 +13,14 @@ def seed_all(seed: int) -> None:
     """Seeds Python, NumPy and torch (CPU and GPUs)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
+    # The same as torch.manual_seed, which besides writes the call stack down, for each kind of device that is not in
+    # use: half a millisecond and more in every training step.
+    if torch.cuda.is_initialized():
+        for generator in torch.cuda.default_generators:
+            generator.manual_seed(seed)
+    elif torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
 
 
 def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
