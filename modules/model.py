@@ -166,14 +166,19 @@ def bare_name(name: str) -> str:
 def frozen_statistics(model: nn.Module | None) -> Iterator[None]:
     """BatchNorm layers normalise by the batch as before, and their running statistics are put back behind the block."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm)] if model else []
-    buffers = [b for layer in layers for b in layer.buffers(recurse=False)]
-    before = [b.clone() for b in buffers]
+    kinds: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in (b for layer in layers for b in layer.buffers(recurse=False)):
+        kinds.setdefault(buffer.dtype, []).append(buffer)
+    before = {kind: [torch.empty_like(b) for b in buffers] for kind, buffers in kinds.items()}
+    with torch.no_grad():  # one kernel for all layers
+        for kind, buffers in kinds.items():
+            torch._foreach_copy_(before[kind], buffers)
     try:
         yield
     finally:
         with torch.no_grad():
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
+            for kind, buffers in kinds.items():
+                torch._foreach_copy_(buffers, before[kind])
 
 
 def load_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
