@@ -28,9 +28,10 @@ import numpy as np
 import torch
 
 from benchmarks.training import DISTINCT, make_learner, tissue_like
-from datasets.bags import Bags, PixelSource
+from datasets.bags import Bags
 from datasets.eval_parts import READ, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
+from datasets.instances import PixelSource
 from datasets.jpeg import encode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions
@@ -161,7 +162,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         counts = {"small": args.patches // 5, "s0": args.patches, "large": args.patches * 5}
         kilobytes = write_store(Path(name) / "high.lmdb", counts, args.stored)
-        bench = Bench(args, make_learner(args, Processes(0, 1, device)), PixelSource(PatchStore(Path(name) / "high.lmdb")), device)
+        bench = Bench(
+            args, make_learner(args, Processes(0, 1, device)), PixelSource(PatchStore(Path(name) / "high.lmdb")), device
+        )
         place = torch.cuda.get_device_name() if gpu else "CPU"
         print(
             f"{args.encoder}, {args.patches} patches of {kilobytes:.1f} kB, {args.workers} reading processes, {place}"

@@ -28,8 +28,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.training import write_store
-from datasets.bags import PixelSource, SamplingPlan, TrainBags
+from datasets.bags import SamplingPlan, TrainBags
 from datasets.full_bags import ChunkPlan, full_bag_batches, rehearsal
+from datasets.instances import PixelSource
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream
 from datasets.store import PatchStore

@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.bags import Bags, PixelSource, SamplingPlan, Source, TrainBags
+from datasets.bags import Bags, SamplingPlan, TrainBags
+from datasets.instances import PixelSource, Source
 from datasets.jpeg import encode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream, train_batches

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from datasets.ahead import in_thread
-from datasets.bags import Bags, PixelSource, broken_patch
+from datasets.bags import Bags
+from datasets.instances import PixelSource, broken_patch
 from datasets.jpeg import JpegError, decode, image_size
 from datasets.nvjpeg import NvJpeg, NvJpegError
 

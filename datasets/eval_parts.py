@@ -14,16 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.bags import (
-    Bags,
-    FeatureSource,
-    Source,
-    bag_size,
-    common_form,
-    joined_targets,
-    load_instances,
-    load_positions,
-)
+from datasets.bags import Bags, joined_targets
+from datasets.instances import FeatureSource, Source, bag_size, common_form, load_instances, load_positions
 from datasets.labels import Sample
 from datasets.ring import BatchRing, Form, size_of_form
 from utils.chunks import equal_split

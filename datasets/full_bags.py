@@ -22,8 +22,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datasets.bags import Bags, Segment, TrainBags, bag_size
+from datasets.bags import Bags, TrainBags
 from datasets.coded import decoded
+from datasets.instances import Segment, bag_size
 from datasets.loaders import LoaderOptions, TrainStream, emptied, quiet_worker
 from datasets.ring import BatchRing
 from utils.chunks import equal_split

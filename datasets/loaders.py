@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from datasets.ahead import in_thread
-from datasets.bags import Bags, FeatureSource, TrainBags, bag_size, common_form
+from datasets.bags import Bags, TrainBags
 from datasets.coded import decoded
+from datasets.instances import FeatureSource, bag_size, common_form
 from datasets.ring import BatchRing, ring_for, size_of_form
 from utils.errors import UserError
 from utils.stop import ignore_stop_signals

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.bags import FeatureSource, PixelSource, SamplingPlan, Source
+from datasets.bags import SamplingPlan
+from datasets.instances import FeatureSource, PixelSource, Source
 from datasets.jpeg import decode
 from datasets.label_types import Sample
 from datasets.loaders import quiet_worker

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from datasets.bags import PixelSource, Source
 from datasets.coded import CodedSource, GpuDecoder
+from datasets.instances import PixelSource, Source
 from datasets.nvjpeg import NvJpegError
 from utils.config import DataConfig
 from utils.cores import usable_cores

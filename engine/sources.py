@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.bags import FeatureSource, PixelSource, Source
+from datasets.instances import FeatureSource, PixelSource, Source
 from datasets.label_types import Cohort
 from datasets.positions import CoordinateFolder, Coordinates, Grid
 from datasets.store import PatchStore

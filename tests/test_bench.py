@@ -17,8 +17,9 @@ import torch
 from tiny import TinyCohort, make_tiny_cohort
 
 import main
-from datasets.bags import FeatureSource, PixelSource, SamplingPlan
+from datasets.bags import SamplingPlan
 from datasets.features import FeatureFolder
+from datasets.instances import FeatureSource, PixelSource
 from datasets.jpeg import encode
 from datasets.labels import Sample
 from datasets.store import PatchStore

@@ -12,11 +12,12 @@ import torch
 from tiny import SIDE_PX, make_tiny_cohort
 from torch import Tensor
 
-from datasets.bags import Bags, PixelSource, SamplingPlan, Source, TrainBags
+from datasets.bags import Bags, SamplingPlan, TrainBags
 from datasets.coded import CodedSource, GpuDecoder, decode_rows, decoded, is_coded, lengths, pack
 from datasets.eval_parts import EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
 from datasets.full_bags import ChunkPlan, full_bag_batches
+from datasets.instances import PixelSource, Source
 from datasets.jpeg import decode, encode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream, train_batches

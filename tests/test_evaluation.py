@@ -13,10 +13,10 @@ import torch
 from tiny import write_store
 from torch import Tensor, nn
 
-from datasets.bags import FeatureSource, PixelSource
 from datasets.eval_parts import WHOLE, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader, on_device
 from datasets.features import FeatureFolder
+from datasets.instances import FeatureSource, PixelSource
 from datasets.jpeg import decode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions

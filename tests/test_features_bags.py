@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from datasets.bags import Bags, FeatureSource, SamplingPlan, TrainBags
+from datasets.bags import Bags, SamplingPlan, TrainBags
 from datasets.eval_parts import EvalParts, PartPlan
 from datasets.features import FeatureFolder
+from datasets.instances import FeatureSource
 from datasets.label_types import Sample
 from datasets.positions import CoordinateFolder, Grid, grid_step_px
 from modules.model import SlideModel

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import SIDE_PX, make_tiny_cohort
 
-from datasets.bags import PixelSource, SamplingPlan, TrainBags
+from datasets.bags import SamplingPlan, TrainBags
+from datasets.instances import PixelSource
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream, shard, train_batches
 from datasets.store import PatchStore

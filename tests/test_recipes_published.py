@@ -12,7 +12,7 @@ from tiny import TinyCohort, make_tiny_cohort
 from torch import Tensor
 
 import main
-from datasets.bags import PixelSource
+from datasets.instances import PixelSource
 from datasets.store import PatchStore
 from engine.setup import build_model, prepare
 from modules.model import SlideModel

@@ -11,8 +11,9 @@ from tiny import SIDE_PX, write_store
 from torch import Tensor, nn
 
 import modules.heads  # noqa: F401  (fills the registry)
-from datasets.bags import PixelSource, SamplingPlan, TrainBags
+from datasets.bags import SamplingPlan, TrainBags
 from datasets.full_bags import ChunkPlan, FullBags, full_bag_batches
+from datasets.instances import PixelSource
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream
 from datasets.positions import Grid
