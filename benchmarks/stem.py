@@ -3,7 +3,7 @@
     python -m benchmarks.stem [errors] [kernels] [steps] [forms] [r50] [compiled] [--patches 1024] [--size 224]
 
 * errors: of values and gradients, against float64;
-* kernels: every kernel of ``modules.stem_triton`` with several tiles, and where the memory's speed would put it; what
+* kernels: every kernel of ``modules.stem_kernels`` with several tiles, and where the memory's speed would put it; what
   comes behind uses the best ones;
 * steps, r50: the bare compiled training step of R18, R50 (bf16, channels-last) with and without the fused stem, what it
   keeps in memory, and evaluation;
@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from modules import stem_triton as own
+from modules import stem_launch as own
 from modules.encoders import build_encoder
 from modules.stem import convolve_blocks
+from modules.stem_triton import norm_pool, stem
 
 LAST = torch.channels_last
 BYTES_PER_MS = 3.0e9
@@ -76,7 +77,7 @@ class Case:
     def maps(self) -> tuple[Tensor, own.Maps, own.Norm]:
         """Blocks; gradient of y, places of the maxima and z; statistics."""
         weight, bias = self.weight.detach(), self.bias.detach()
-        _, mean, var, blocks, z, where = own.stem(self.x, self.w.detach(), weight, bias, 1e-5)
+        _, mean, var, blocks, z, where = stem(self.x, self.w.detach(), weight, bias, 1e-5)
         grad = torch.randn(where.shape, device="cuda", dtype=z.dtype).contiguous(memory_format=LAST)
         return blocks, (grad, where, z), own.Norm(mean, var, weight, bias, 1e-5)
 
@@ -169,19 +170,19 @@ def blocks_stem(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def own_stem(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return own.stem(x, w, weight, bias, 1e-5)[0]
+    return stem(x, w, weight, bias, 1e-5)[0]
 
 
 def blocks_and_own_rest(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     z = convolve_blocks(x, w.to(x.dtype)).contiguous(memory_format=LAST)
-    return own.norm_pool(z, weight, bias, 1e-5)[0]
+    return norm_pool(z, weight, bias, 1e-5)[0]
 
 
 def forms(case: Case, compiled: bool) -> None:
     """Milliseconds of forward, and of forward and backward."""
     rest: dict[str, Callable[..., Tensor]] = {
         "plain": plain_rest,
-        "ours": lambda z, weight, bias: own.norm_pool(z, weight, bias, 1e-5)[0],
+        "ours": lambda z, weight, bias: norm_pool(z, weight, bias, 1e-5)[0],
     }
     convolutions: dict[str, Callable[..., Tensor]] = {
         "7 x 7 of 3 channels": lambda x, w: functional.conv2d(x, w.to(x.dtype), stride=2, padding=3),

@@ -171,16 +171,16 @@ def check_all() -> None:
     from test_abmilx_kernels import mend_interpreter
 
     mend_interpreter()
-    from modules import stem_triton
+    from modules import stem_launch, stem_triton  # noqa: F401  # the latter registers the operators
 
     torch.manual_seed(0)
-    stem_triton.TILES.update({name: stem_triton.Tiles(16, 2, lines=2) for name in stem_triton.TILES})
+    stem_launch.TILES.update({name: stem_launch.Tiles(16, 2, lines=2) for name in stem_launch.TILES})
     whole_stem_equals_the_plain_modules(torch.ops.abmilx)
     given_statistics_are_constants(torch.ops.abmilx)
     norm_and_pool_have_the_gradient_of_the_plain_modules(torch.ops.abmilx)
     ties_go_to_the_first_maximum(torch.ops.abmilx)
     what_is_not_a_number_stays_visible(torch.ops.abmilx)
-    stem_triton.TILES.update({name: stem_triton.Tiles(64, 2, lines=4) for name in stem_triton.TILES})
+    stem_launch.TILES.update({name: stem_launch.Tiles(64, 2, lines=4) for name in stem_launch.TILES})
     module_switches_between_fused_and_plain()
 
 
