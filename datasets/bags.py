@@ -227,7 +227,8 @@ class TrainBags(Dataset[Bags]):
 
     def _draw(self, epoch: int, position: int) -> _Drawn:
         sample = self.samples[position]
-        rng = np.random.default_rng([self.seed, epoch, position])
+        drawn = self.views is not None or self.plan.total > 0 or self.plan.shuffle  # else no time for seeding
+        rng = np.random.default_rng([self.seed, epoch, position] if drawn else 0)
         chosen, fresh_ones, pos = [], [], []
         for source, wanted in zip(self.sources, self.plan.wanted(len(self.sources)), strict=True):
             count = bag_size(source, sample.slides)
