@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.training import DISTINCT, make_learner, tissue_like
 from datasets.bags import Bags
+from datasets.coded import GpuDecoder
 from datasets.eval_parts import READ, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
 from datasets.instances import PixelSource
@@ -36,9 +37,11 @@ from datasets.jpeg import encode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions
 from datasets.store import PatchStore, StoreHeader, StoreWriter
+from engine.decoding import coded, gpu_decoder
 from engine.evaluate import predict
 from engine.learner import Learner
 from engine.timing import wait_for
+from utils.config import DataConfig
 from utils.dist import Processes
 
 GIB = 2**30
@@ -52,15 +55,18 @@ class Bench:
     learner: Learner
     source: PixelSource
     device: torch.device
+    decoder: GpuDecoder | None
 
     def parts(self, slides: Sequence[str]) -> EvalParts:
         """The parts of an evaluation of ``slides``; a slide may be named more than once."""
         plan = PartPlan(self.args.run, self.args.call, self.args.read)
         samples = [Sample(f"{s}-{i}", s, (s,), {"label": i % 6}) for i, s in enumerate(slides)]
-        return EvalParts(samples, self.source, plan, range(len(samples)))
+        source = self.source if self.decoder is None else coded([self.source], self.learner.processes)[0]
+        return EvalParts(samples, source, plan, range(len(samples)))
 
     def reader(self, **splits: Sequence[str]) -> EvalReader:
-        options = LoaderOptions(self.args.workers, self.args.prefetch, pin=self.device.type == "cuda")
+        pin = self.device.type == "cuda"
+        options = LoaderOptions(self.args.workers, self.args.prefetch, pin=pin, decoder=self.decoder)
         return EvalReader({name: self.parts(slides) for name, slides in splits.items()}, options, self.device)
 
     def evaluate(self, calls: Iterable[Bags]) -> float:
@@ -153,6 +159,7 @@ def main() -> None:
     parser.add_argument("--call", type=int, default=512, help="p_batch_size")
     parser.add_argument("--stored", type=int, default=256 if gpu else 64)
     parser.add_argument("--crop", type=int, default=224 if gpu else 56)
+    parser.add_argument("--jpeg_decoder", choices=("cpu", "gpu"), default="cpu", help="gpu: half of the parts")
     parser.add_argument("--encoder", default="r18")
     args = parser.parse_args()
     args.compile, args.sync_bn, args.plain_stem, args.chunk = False, False, False, args.call
@@ -162,9 +169,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         counts = {"small": args.patches // 5, "s0": args.patches, "large": args.patches * 5}
         kilobytes = write_store(Path(name) / "high.lmdb", counts, args.stored)
-        bench = Bench(
-            args, make_learner(args, Processes(0, 1, device)), PixelSource(PatchStore(Path(name) / "high.lmdb")), device
-        )
+        learner, source = make_learner(args, Processes(0, 1, device)), PixelSource(PatchStore(Path(name) / "high.lmdb"))
+        decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), source, learner.processes)
+        bench = Bench(args, learner, source, device, decoder)
         place = torch.cuda.get_device_name() if gpu else "CPU"
         print(
             f"{args.encoder}, {args.patches} patches of {kilobytes:.1f} kB, {args.workers} reading processes, {place}"

@@ -8,7 +8,7 @@ Builds two stores of 256 px JPEGs of about 15 kB (the PANDA recipe's sizes), the
 * step: the same with rendering (crops, flips) from uint8 on the device, and EMA;
 * loader: batches from the store to host memory, nobody using them;
 * loop: everything together, epoch boundaries included; for each number of ``--cores`` once more with so many CPU cores,
-  decoding where ``--jpeg_decoder=auto`` would.
+  the GPU decoding too (``--jpeg_decoder``).
 
 The ratio loop / bare is what the data path costs. Without a GPU it runs a tiny version that only shows that it works.
 """
@@ -92,9 +92,9 @@ def make_learner(args: argparse.Namespace, processes: Processes) -> Learner:
 
 
 def batches_of(args: argparse.Namespace, folder: Path, processes: Processes) -> tuple[Iterator[Bags], TrainStream]:
-    """The batches of many epochs, read and decoded as a run with ``--jpeg_decoder=auto`` would."""
+    """The batches of many epochs, read and decoded as a run would."""
     sources: Sequence[Source] = [PixelSource(PatchStore(folder / name)) for name in ("low.lmdb", "high.lmdb")]
-    decoder = gpu_decoder(DataConfig(), sources[-1], processes)
+    decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), sources[-1], processes)
     if decoder is not None:
         sources = coded(sources, processes)
     samples = [Sample(f"s{i}", f"s{i}", (f"s{i}",), {"label": i % 6}) for i in range(args.slides)]
@@ -169,6 +169,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--sync_bn", action="store_true")
     parser.add_argument("--plain_stem", action="store_true", help="no fused first layers (modules.stem)")
+    parser.add_argument("--jpeg_decoder", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--cores", type=int, nargs="*", default=[], help="fewer and fewer CPU cores")
     return parser
 

@@ -51,15 +51,16 @@ class CodedSource(PixelSource):
     """Patches of a store as they are stored, (n, W) uint8; refused here unless they are JPEGs of the store's size.
 
     Attributes:
-        cpu_share: share of the training batches that reading processes decode all the same, because they have time.
+        cpu_share: share of the batches, and of the parts of an evaluation, that reading processes decode all the same,
+            because they have time.
     """
 
     coded: ClassVar[bool] = True
     cpu_share: float = 0.0
 
-    def at(self, epoch: int, position: int) -> PixelSource:
-        """What the batch that begins with a bag reads from; a function of the bag, so that a restart repeats it."""
-        by_cpu = np.random.default_rng([epoch, position]).random() < self.cpu_share
+    def at(self, *place: int) -> PixelSource:
+        """What is read from for the batch or part at ``place``; always the same, so that a restart repeats it."""
+        by_cpu = np.random.default_rng(place).random() < self.cpu_share
         return PixelSource(self.store, self.order, self.grid) if by_cpu else self
 
     def room(self, count: int) -> None:

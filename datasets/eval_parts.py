@@ -93,9 +93,11 @@ class EvalParts(Dataset[Bags]):
     def __getitem__(self, i: int) -> Bags:
         part = self.parts[i]
         sample, picks, form = self.samples[part.position], np.arange(part.begin, part.end), self._form(part)
-        slot = self.ring.take() if self.ring is not None and self.ring.fits(len(picks), form) else None
-        out = None if self.ring is None or slot is None else self.ring.view(slot, len(picks), form)
-        instances = load_instances(self.source, sample.slides, picks, out)
+        source = self.source.at(part.position, part.begin)
+        room = None if source.coded else self.ring  # JPEGs are small and of every size
+        slot = room.take() if room is not None and room.fits(len(picks), form) else None
+        out = None if room is None or slot is None else room.view(slot, len(picks), form)
+        instances = load_instances(source, sample.slides, picks, out)
         cells = self._positions(part.position)
         return Bags(
             instances=instances if slot is None else torch.empty(0),  # the training process knows the buffer

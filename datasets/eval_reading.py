@@ -77,7 +77,7 @@ class EvalReader:
         if len(parts) == 0:
             return
         direct = self.options.workers == 0 and (not self.options.pin or parts.in_memory)
-        if not direct and self._ring is None and self._loader is None:
+        if not direct and self._ring is None:
             self._start()
         source: Iterable[Bags] = map(parts.__getitem__, range(len(parts)))
         if self._loader is not None:
@@ -93,12 +93,11 @@ class EvalReader:
 
     def _start(self) -> None:
         workers, prefetch = self.options.workers, self.options.prefetch
-        if self.options.decoder is None:  # JPEGs are small and of every size
-            largest = max(parts.largest_bytes() for parts in self.splits.values() if len(parts))
-            self._ring = ring_for(workers, prefetch, largest, self.options.pin)
-            self._close = weakref.finalize(self, self._ring.close)
-            for parts in self.splits.values():
-                parts.ring = self._ring
+        largest = max(parts.largest_bytes() for parts in self.splits.values() if len(parts))
+        self._ring = ring_for(workers, prefetch, largest, self.options.pin)
+        self._close = weakref.finalize(self, self._ring.close)
+        for parts in self.splits.values():
+            parts.ring = self._ring
         if workers > 0:
             self._loader = DataLoader(
                 _Splits(self.splits),
@@ -193,6 +192,8 @@ class _Rooms:
         if self._filled == 0:
             self._enter(content, call)
         room, copied = self._rooms[self._turn], None
+        if content.is_cuda and self.beside is not None:  # decoded there; its memory must outlive the copy
+            content.record_stream(self.beside)
         with torch.cuda.stream(self.beside):
             room[self._filled : self._filled + len(content)].copy_(content, non_blocking=True)
             if self.beside is not None:

@@ -53,8 +53,8 @@ class Source(Protocol):
         """The instances ``picks`` of one slide, in that order; in ``out``, where it is given."""
         ...
 
-    def at(self, epoch: int, position: int) -> Source:
-        """What the training batch that begins with the bag at ``position`` reads from."""
+    def at(self, *place: int) -> Source:
+        """What is read from for the batch that begins with (epoch, position), or the part of an evaluation."""
         ...
 
 
@@ -67,7 +67,7 @@ class PixelSource:
     grid: Grid | None = None
     coded: ClassVar[bool] = False
 
-    def at(self, epoch: int, position: int) -> PixelSource:
+    def at(self, *place: int) -> PixelSource:
         return self
 
     def count(self, slide: str) -> int:
@@ -116,7 +116,7 @@ class FeatureSource:
     grid: Grid | None = None
     coded: ClassVar[bool] = False
 
-    def at(self, epoch: int, position: int) -> FeatureSource:
+    def at(self, *place: int) -> FeatureSource:
         return self
 
     def count(self, slide: str) -> int:

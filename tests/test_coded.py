@@ -100,7 +100,8 @@ def test_evaluation_and_whole_bags_are_the_same_whoever_decodes(store: PatchStor
         return found
 
     plain, ours = LoaderOptions(workers), LoaderOptions(workers, decoder=on_cpu)
-    assert_same(evaluated(CodedSource(store), ours), evaluated(PixelSource(store), plain))
+    for share in (0.0, 0.5):
+        assert_same(evaluated(CodedSource(store, cpu_share=share), ours), evaluated(PixelSource(store), plain))
     for one, other in zip(whole(CodedSource(store), ours), whole(PixelSource(store), plain), strict=True):
         assert torch.equal(one, other)
 
