@@ -38,7 +38,7 @@ def cross_entropy(logits: Tensor, label: Tensor, class_weights: Tensor | None = 
         logits = _full(logits)
         per_bag = F.cross_entropy(logits, label.long(), reduction="none")
         if class_weights is not None:
-            per_bag = per_bag * class_weights.to(logits)[label.long()]
+            per_bag = per_bag * class_weights.to(logits, non_blocking=True)[label.long()]
         return _mean(per_bag)
 
 
@@ -126,7 +126,7 @@ def cox_loss_of_all(risk: Tensor, time: Tensor, event: Tensor) -> Tensor:
     """
     if not (risk.requires_grad and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return cox_loss(risk, time, event)
-    most = torch.tensor(len(risk), device=risk.device)
+    most = torch.full((), len(risk), device=risk.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     # Bags that fill up a share left before any other, so they are in no risk set, and without an event.
     fill = risk.new_tensor([0.0, -math.inf, 0.0]).double().unsqueeze(1).expand(-1, int(most) - len(risk))
@@ -154,7 +154,7 @@ def binary_cross_entropy(logits: Tensor, label: Tensor, positive_weights: Tensor
     with torch.autocast(logits.device.type, enabled=False):
         logits = _full(logits)
         known = label >= 0
-        weights = None if positive_weights is None else positive_weights.to(logits)
+        weights = None if positive_weights is None else positive_weights.to(logits, non_blocking=True)
         per_label = F.binary_cross_entropy_with_logits(
             logits, label.clamp(min=0).to(logits), reduction="none", pos_weight=weights
         )

@@ -148,7 +148,7 @@ def pad(features: Tensor, sizes: Sequence[int]) -> tuple[Tensor, Tensor | None]:
     if min(sizes) == longest:
         return features.view(len(sizes), longest, -1), None
     x = nn.utils.rnn.pad_sequence(list(features.split(list(sizes))), batch_first=True)  # (B, N, D)
-    lengths = torch.tensor(sizes, device=features.device)
+    lengths = torch.tensor(sizes).to(features.device, non_blocking=True)  # else the device is waited for
     return x, torch.arange(longest, device=features.device) < lengths.unsqueeze(1)
 
 

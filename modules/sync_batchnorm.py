@@ -84,6 +84,6 @@ def synchronised(model: nn.Module, cuda: bool) -> nn.Module:
 
 def largest_of_all(number: int, device: torch.device) -> int:
     """The largest ``number`` of all processes, the same on each of them."""
-    value = torch.tensor(number, device=device)
+    value = torch.full((), number, device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return int(value)

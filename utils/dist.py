@@ -80,7 +80,7 @@ class Poll:
         if self._processes.world == 1:
             return wish
         answer = 0 if self._pending is None else int(self._pending.value())
-        question = torch.tensor(wish, device=self._processes.device)
+        question = torch.full((), wish, device=self._processes.device)
         dist.all_reduce(question, dist.ReduceOp.MAX)
         self._pending = HostCopy(question)
         return answer
