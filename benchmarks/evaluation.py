@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -182,4 +181,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
