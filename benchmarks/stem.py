@@ -74,25 +74,26 @@ class Case:
     def parameters(self) -> list[Tensor]:
         return [self.w, self.weight, self.bias]
 
-    def maps(self) -> tuple[Tensor, own.Maps, own.Norm]:
-        """Blocks; gradient of y, places of the maxima and z; statistics."""
+    def maps(self) -> tuple[Tensor, Tensor, Tensor, own.Norm]:
+        """Gradient of y, places of the maxima, z, statistics."""
         weight, bias = self.weight.detach(), self.bias.detach()
-        _, mean, var, blocks, z, where = stem(self.x, self.w.detach(), weight, bias, 1e-5)
+        _, mean, var, z, where = stem(self.x, self.w.detach(), weight, bias, 1e-5)
         grad = torch.randn(where.shape, device="cuda", dtype=z.dtype).contiguous(memory_format=LAST)
-        return blocks, (grad, where, z), own.Norm(mean, var, weight, bias, 1e-5)
+        return grad, where, z, own.Norm(mean, var, weight, bias, 1e-5)
 
 
 def variants() -> dict[str, list[own.Tiles]]:
     """The tiles that are tried for every kernel, the current ones first; most promising kernels first."""
     t = own.Tiles
     table = {
-        "convolve": [t(128, 7, 4, 1), t(128, 7, 4, 2, 2), t(128, 7, 8, 3), t(128, 7, 8, 1, 4), t(64, 14, 4, 1, 4)]
-        + [t(64, 14, 4, 3), t(128, 7, 4, 3, 1, 128), t(128, 7, 4, 1, 1, 128), t(64, 14, 4, 1, 1, 96)],
-        "weights": [t(32, 98, 8, 1), t(32, 98, 8, 2), t(64, 49, 8, 2), t(64, 49, 8, 1), t(16, 196, 4, 3)]
-        + [t(16, 196, 8, 1, 1, 80), t(32, 98, 8, 1, 1, 128)],
-        "pool": [t(8, 28, 2), t(8, 28, 4), t(16, 14, 4), t(8, 56, 2), t(8, 28, 2, 1, 1, 48)],
-        "reduce": [t(8, 49, 4), t(16, 49, 8, 1, 1, 32), t(32, 49, 8)],
-        "blocks": [t(64, 28), t(128, 14, 8)],
+        "weights": [t(16, 196, 8, 2), t(16, 196, 8, 3), t(16, 196, 8, 1), t(32, 98, 8, 1), t(32, 98, 8, 2)]
+        + [t(64, 49, 8, 2), t(16, 196, 4, 2)],
+        "convolve": [t(128, 7, 4, 1), t(128, 7, 8, 3), t(64, 14, 4, 3), t(256, 7, 8, 2), t(64, 14, 4, 1, 8)]
+        + [t(128, 7, 8, 1, 8), t(128, 7, 8, 1, 4)],
+        "pool": [t(8, 28, 2), t(8, 7, 2), t(16, 14, 4), t(64, 14, 8), t(4, 28, 1)],
+        "reduce": [t(8, 49, 4), t(16, 14, 4), t(16, 49, 8), t(8, 49, 2)],
+        "spread": [t(8, 14, 4)],
+        "moments": [t(128, 14, 8)],
     }
     return {name: [own.TILES[name], *(v for v in tiles if v != own.TILES[name])] for name, tiles in table.items()}
 
@@ -102,23 +103,19 @@ Call = Callable[[own.Tiles], object]
 
 def kernel_calls(case: Case) -> dict[str, tuple[float, Call]]:
     """By kernel: the ms that reading and writing its operands once would take, and a call of it."""
-    blocks, maps, norm = case.maps()
-    grad, _, z = maps
+    grad, where, z, norm = case.maps()
+    maps = grad, where, z
     sums = own.reduce_gradient(maps, norm)
     x, w = case.x, case.w.detach()
-    size = {
-        name: t.numel() * t.element_size() / BYTES_PER_MS
-        for name, t in (("x", x), ("b", blocks), ("z", z), ("y", grad))
-    }
+    size = {name: t.numel() * t.element_size() / BYTES_PER_MS for name, t in (("x", x), ("z", z), ("y", grad))}
     small = size["y"] * 1.5
     return {
-        "blocks": (size["x"] + size["b"], lambda tiles: own.to_blocks(x, tiles)),
-        "convolve": (size["b"] + size["z"], lambda tiles: own.convolve(blocks, w, tiles)),
+        "convolve": (size["x"] + size["z"], lambda tiles: own.convolve(x, w, tiles)),
         "moments": (size["z"], lambda tiles: own.moments(z, tiles)),
         "pool": (size["z"] + small, lambda tiles: own.pool(z, norm, tiles)),
         "reduce": (size["z"] + small, lambda tiles: own.reduce_gradient(maps, norm, tiles)),
         "spread": (2 * size["z"] + small, lambda tiles: own.spread_gradient(maps, norm, sums, tiles)),
-        "weights": (size["b"] + size["z"] + small, lambda tiles: own.weight_gradient(blocks, maps, norm, sums, tiles)),
+        "weights": (size["x"] + size["z"] + small, lambda tiles: own.weight_gradient(x, maps, norm, sums, tiles)),
     }
 
 
@@ -267,7 +264,7 @@ def steps(name: str, patches: int, size: int, deadline: float) -> None:
             return
         torch.compiler.reset()
         training = Training(name, patches, size, fused)
-        first = float(training.step())
+        first = float(training.step().detach())
         torch.cuda.reset_peak_memory_stats()
         took = milliseconds(training.step)
         memory = torch.cuda.max_memory_allocated() / 2**30

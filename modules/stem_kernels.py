@@ -5,10 +5,9 @@ The stem is z = conv(x), a 7 x 7 convolution of 3 channels with stride 2 and pad
 with BatchNorm and a maximum over 3 x 3 with stride 2 and padding 1. All images are channels-last: x (P, H, W, 3),
 z (P, A, B, C) with A = ceil(H / 2), B = ceil(W / 2), y (P, ceil(A / 2), ceil(B / 2), C).
 
-The convolution is a matrix product over blocks of 2 x 2 pixels (space to depth): with an eighth row and column of
-zeros in front of it, the kernel covers 4 x 4 blocks, of which a row is 64 consecutive numbers. So x is first written as
-blocks (P, A, B, 16), 12 numbers and 4 zeros, and ``w`` is (4 * 64, C). What meets the zeros in front is multiplied by
-them, so x must be finite.
+The convolution is a matrix product. A row of the kernel covers 7 pixels, that is 21 consecutive numbers of x; with one
+more in front, so that they start at an even place, and 10 behind, they are a row of 32. ``w`` is (8 * 32, C), zero
+where there is no weight. What lies beside the 21 numbers is multiplied by zero, so x must be finite.
 
 A maximum is remembered by its place in its window, 0 to 8, or ``NONE`` where it is not positive: there the gradient of
 ReLU is zero. The gradient d behind ReLU is gathered: the four pixels (2i, 2j) to (2i + 1, 2j + 1) lie in no other
@@ -25,38 +24,20 @@ import triton
 import triton.language as tl
 
 NONE = tl.constexpr(9)
-SPAN = tl.constexpr(64)
-DEPTH = tl.constexpr(4 * 64)
+SPAN = tl.constexpr(32)
 
 
 @triton.jit
-def to_blocks(x, blocks, H: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr):
-    """A program: REPEAT tiles of ROWS blocks of an image; a block holds its row, column and colour, in this order."""
-    B: tl.constexpr = (W + 1) // 2
-    SIZE: tl.constexpr = (H + 1) // 2 * B
-    STRIPS: tl.constexpr = (SIZE + ROWS * REPEAT - 1) // (ROWS * REPEAT)
-    image = (tl.program_id(0) // STRIPS).to(tl.int64)
-    begin = tl.program_id(0) % STRIPS * (ROWS * REPEAT)
-    x += image * (H * W * 3)
-    blocks += image * (SIZE * 16)
-    k = tl.arange(0, 16)
-    for tile in range(REPEAT):
-        at = begin + tile * ROWS + tl.arange(0, ROWS)
-        row = (at // B * 2)[:, None] + (k // 6)[None, :]
-        place = (at % B * 6)[:, None] + (k % 6)[None, :]
-        inside = (row < H) & (place < 3 * W) & (k < 12)[None, :]
-        value = tl.load(x + row * (3 * W) + place, mask=inside, other=0.0)
-        tl.store(blocks + at[:, None] * 16 + k[None, :], value, mask=(at < SIZE)[:, None])
-
-
-@triton.jit
-def _patches(blocks, row, col, first, A: tl.constexpr, B: tl.constexpr, LINES: tl.constexpr):
-    """What rows of blocks first.. of the kernel see at pixels (row, col) of z: (pixels, LINES * 64)."""
+def _patches(x, row, col, first, H: tl.constexpr, W: tl.constexpr, LINES: tl.constexpr):
+    """What kernel rows first.. see at pixels (row, col) of z: (pixels, LINES * 32)."""
     k = tl.arange(0, LINES * SPAN)
-    from_row = (row - 2)[:, None] + (first + k // SPAN)[None, :]
-    place = (col * 16 - 32)[:, None] + (k % SPAN)[None, :]
-    inside = (from_row >= 0) & (from_row < A) & (place >= 0) & (place < 16 * B)
-    return tl.load(blocks + from_row * (16 * B) + place, mask=inside, other=0.0)
+    line = first + k // SPAN
+    from_row = (row * 2 - 3)[:, None] + line[None, :]
+    place = (col * 6 - 10)[:, None] + (k % SPAN)[None, :]
+    inside = (from_row >= 0) & (from_row < H) & (place >= 0) & (place < 3 * W)
+    if LINES > 1:
+        inside = inside & (line < 7)[None, :]
+    return tl.load(x + from_row * (3 * W) + place, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -74,16 +55,17 @@ def _merge(count, mean, square, value, inside, start, SIZE: tl.constexpr, ROWS: 
 
 @triton.jit
 def convolve(
-    blocks, w, z, means, squares,
-    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr, LINES: tl.constexpr,
+    x, w, z, means, squares,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr, LINES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: REPEAT tiles of ROWS pixels of an image of z, their means and squared deviations from them."""
-    SIZE: tl.constexpr = A * B
+    B: tl.constexpr = (W + 1) // 2
+    SIZE: tl.constexpr = (H + 1) // 2 * B
     STRIPS: tl.constexpr = (SIZE + ROWS * REPEAT - 1) // (ROWS * REPEAT)
     image = (tl.program_id(0) // STRIPS).to(tl.int64)
     begin = tl.program_id(0) % STRIPS * (ROWS * REPEAT)
-    blocks += image * (SIZE * 16)
+    x += image * (H * W * 3)
     z += image * (SIZE * C)
     channel = tl.arange(0, C)
     count = 0.0
@@ -93,8 +75,8 @@ def convolve(
         start = begin + tile * ROWS
         at = start + tl.arange(0, ROWS)
         acc = tl.zeros([ROWS, C], tl.float32)
-        for step in range(4 // LINES):
-            patch = _patches(blocks, at // B, at % B, step * LINES, A, B, LINES)
+        for step in range((7 + LINES - 1) // LINES):
+            patch = _patches(x, at // B, at % B, step * LINES, H, W, LINES)
             k = step * LINES * SPAN + tl.arange(0, LINES * SPAN)
             weights = tl.load(w + k[:, None] * C + channel[None, :])
             acc = tl.dot(patch, weights, acc, input_precision=PRECISION)
@@ -132,39 +114,23 @@ def moments(
 
 
 @triton.jit
-def _bits(value):
-    """Those of a number that is not negative; the sign that a NaN may have is left out."""
-    if value.dtype == tl.float32:
-        return value.to(tl.int32, bitcast=True).to(tl.int64) & 0x7FFFFFFF
-    return value.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
-
-
-@triton.jit
-def _number(key, like):
-    """The number in a key, in the type of what ``like`` points to."""
-    if like.dtype.element_ty == tl.float32:
-        return (key >> 4).to(tl.int32).to(tl.float32, bitcast=True)
-    return (key >> 4).to(tl.int16).to(like.dtype.element_ty, bitcast=True)
-
-
-@triton.jit
-def _row_maximum(z, row, j, mean, scale, shift, first, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
-    """The maximum of relu(norm(z)) over columns 2j - 1 to 2j + 1 of a row, as a key; 0 outside.
-
-    A key is the number's bits, which are in the numbers' order as none is negative, and behind them 8 - place: of equal
-    numbers the first has the largest key. Their places are ``first`` to ``first + 2``.
-    """
+def _row_maximum(z, row, j, mean, scale, shift, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
+    """First maximum of relu(norm(z)) over columns 2j - 1 to 2j + 1 of a row, and which it is; -1 outside."""
     channel = tl.arange(0, C)[None, :]
-    best = _bits(tl.zeros([j.shape[0], C], z.dtype.element_ty))
+    best = tl.full([j.shape[0], C], -1.0, tl.float32)
+    place = tl.zeros([j.shape[0], C], tl.int32)
     for step in tl.static_range(3):
         col = 2 * j - 1 + step
         inside = ((row >= 0) & (row < A) & (col >= 0) & (col < B))[:, None]
         value = tl.load(z + (row * B + col)[:, None] * C + channel, mask=inside, other=0.0).to(tl.float32)
         value = (value - mean) * scale + shift
         # Rounded as the plain modules round it: what is equal there must be equal here.
-        bits = _bits(tl.where(value <= 0, 0.0, value).to(z.dtype.element_ty))
-        best = tl.maximum(best, tl.where(inside, (bits << 4) | (8 - first - step), 0))
-    return best
+        value = tl.where(value < 0, 0.0, value).to(z.dtype.element_ty).to(tl.float32)
+        value = tl.where(inside, value, -1.0)
+        better = (value > best) | (value != value)
+        best = tl.where(better, value, best)
+        place = tl.where(better, step, place)
+    return best, place
 
 
 @triton.jit
@@ -187,18 +153,23 @@ def pool(
     centre = tl.load(mean + channel)
     scale = tl.load(weight + channel) * tl.rsqrt(tl.load(var + channel) + eps)
     shift = tl.load(bias + channel)
-    above = _row_maximum(z, 2 * first - 1, j, centre, scale, shift, 0, A, B, C)
+    above, above_place = _row_maximum(z, 2 * first - 1, j, centre, scale, shift, A, B, C)
     for step in range(REPEAT):
         i = first + step
-        middle = _row_maximum(z, 2 * i, j, centre, scale, shift, 3, A, B, C)
-        below = _row_maximum(z, 2 * i + 1, j, centre, scale, shift, 6, A, B, C)
-        best = tl.maximum(tl.maximum(above, middle), below)
-        place = tl.where(best < 16, NONE, 8 - (best & 15))
+        middle, middle_place = _row_maximum(z, 2 * i, j, centre, scale, shift, A, B, C)
+        below, below_place = _row_maximum(z, 2 * i + 1, j, centre, scale, shift, A, B, C)
+        better = (middle > above) | (middle != middle)
+        best = tl.where(better, middle, above)
+        place = tl.where(better, middle_place + 3, above_place)
+        better = (below > best) | (below != below)
+        best = tl.where(better, below, best)
+        place = tl.where(better, below_place + 6, place)
+        place = tl.where(best == 0, NONE, place)
         inside = ((i < PA) & (j < PB))[:, None]
         to = (i * PB + j)[:, None] * C + channel
-        tl.store(y + to, _number(best, y), mask=inside)
+        tl.store(y + to, best.to(y.dtype.element_ty), mask=inside)
         tl.store(where + to, place.to(tl.uint8), mask=inside)
-        above = below + 6  # a window's last row is the next one's first
+        above, above_place = below, below_place
 
 
 @triton.jit
@@ -335,17 +306,19 @@ def _gather_one(grad, where, row, col, PA: tl.constexpr, PB: tl.constexpr, C: tl
 
 @triton.jit
 def weight_gradient(
-    blocks, grad, where, z, mean, var, weight, total, product, parts, eps,
-    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
+    x, grad, where, z, mean, var, weight, total, product, parts, eps,
+    H: tl.constexpr, W: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program: the gradient of w, as (C, 4 * 64), from REPEAT tiles of ROWS pixels of z; dz is not written."""
+    """A program: the gradient of w, as (C, 8 * 32), from REPEAT tiles of ROWS pixels of z; dz is not written."""
+    A: tl.constexpr = (H + 1) // 2
+    B: tl.constexpr = (W + 1) // 2
     PA: tl.constexpr = (A + 1) // 2
     PB: tl.constexpr = (B + 1) // 2
     STRIPS: tl.constexpr = (A * B + ROWS * REPEAT - 1) // (ROWS * REPEAT)
     image = (tl.program_id(0) // STRIPS).to(tl.int64)
     begin = tl.program_id(0) % STRIPS * (ROWS * REPEAT)
-    blocks += image * (A * B * 16)
+    x += image * (H * W * 3)
     z += image * (A * B * C)
     grad += image * (PA * PB * C)
     where += image * (PA * PB * C)
@@ -355,14 +328,14 @@ def weight_gradient(
     factor = tl.load(weight + channel)[None, :] * rstd
     s = tl.load(total + channel)[None, :]
     t = tl.load(product + channel)[None, :]
-    acc = tl.zeros([C, DEPTH], tl.float32)
+    acc = tl.zeros([C, 8 * SPAN], tl.float32)
     for tile in range(REPEAT):
         at = begin + tile * ROWS + tl.arange(0, ROWS)
         row, col = at // B, at % B
         d = _gather_one(grad, where, row, col, PA, PB, C)
         standard, _, inside = _standard(z, row, col, centre, rstd, A, B, C)
-        slope = tl.where(inside, factor * (d - s - standard * t), 0.0).to(blocks.dtype.element_ty)
-        patch = _patches(blocks, row, col, 0, A, B, 4)
+        slope = tl.where(inside, factor * (d - s - standard * t), 0.0).to(x.dtype.element_ty)
+        patch = _patches(x, row, col, 0, H, W, 8)
         acc = tl.dot(tl.trans(slope), patch, acc, input_precision=PRECISION)
-    to = parts + tl.program_id(0).to(tl.int64) * (C * DEPTH)
-    tl.store(to + channel[:, None] * (DEPTH) + tl.arange(0, DEPTH)[None, :], acc)
+    to = parts + tl.program_id(0).to(tl.int64) * (C * 8 * SPAN)
+    tl.store(to + channel[:, None] * (8 * SPAN) + tl.arange(0, 8 * SPAN)[None, :], acc)

@@ -1,7 +1,7 @@
 """Calls of the kernels of a ResNet's stem (``stem_kernels``): tiles, sizes, what goes in and what comes out.
 
-Shapes: P patches of H x W px, blocks (P, 16, A, B) with A = ceil(H / 2), z (P, C, A, B), y (P, C, ceil(A / 2),
-ceil(B / 2)); all channels-last.
+Shapes: P patches of H x W px, z (P, C, A, B) with A = ceil(H / 2), y (P, C, ceil(A / 2), ceil(B / 2)); all
+channels-last.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from modules import stem_kernels as kernels
 
-DEPTH = 4 * 4 * 16
-"""Numbers of 4 x 4 blocks of 2 x 2 pixels, 12 and 4 zeros each: what one number of z is made of."""
+LINE, LINES = 32, 8
+"""Numbers of a kernel row and rows of the kernel, as the matrix units take them."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,7 @@ class Tiles:
     Attributes:
         rows, repeat: pixels (fours of pixels, columns) of a tile, and tiles of a program.
         warps, stages: warps of a program and loads in flight.
-        lines: rows of blocks of the convolution that are taken in one step: 1, 2 or 4.
-        registers: the most that a thread may use; 0: as many as the compiler likes.
+        lines: rows of the convolution's kernel that are taken in one step: 1, 2, 4 or 8.
     """
 
     rows: int
@@ -34,15 +33,12 @@ class Tiles:
     warps: int = 4
     stages: int = 3
     lines: int = 1
-    registers: int = 0
 
     def options(self) -> dict[str, int]:
-        options = {"ROWS": self.rows, "REPEAT": self.repeat, "num_warps": self.warps, "num_stages": self.stages}
-        return options | ({"maxnreg": self.registers} if self.registers else {})
+        return {"ROWS": self.rows, "REPEAT": self.repeat, "num_warps": self.warps, "num_stages": self.stages}
 
 
 TILES = {
-    "blocks": Tiles(128, 14),
     "convolve": Tiles(128, 7),
     "moments": Tiles(128, 14, warps=8),
     "pool": Tiles(8, 14, warps=2),
@@ -82,16 +78,10 @@ def pooled_like(z: Tensor, dtype: torch.dtype) -> Tensor:
     return z.new_empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
 
 
-def blocks_like(x: Tensor) -> Tensor:
-    """Memory for the blocks of patches."""
-    shape = x.shape[0], 16, (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
-    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
-
-
-def convolved_like(blocks: Tensor, w: Tensor) -> Tensor:
+def convolved_like(x: Tensor, w: Tensor) -> Tensor:
     """Memory for z."""
-    shape = blocks.shape[0], w.shape[0], *blocks.shape[2:]
-    return blocks.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    shape = x.shape[0], w.shape[0], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
+    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
 
 def _programs(z: Tensor, size: int, tiles: Tiles) -> int:
@@ -103,38 +93,28 @@ def _fours(z: Tensor) -> int:
 
 
 def packed(w: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights (C, 3, 7, 7) as the matrix (4 * 64, C) that the kernels take."""
-    whole = torch.nn.functional.pad(w.to(dtype), (1, 0, 1, 0)).view(len(w), 3, 4, 2, 4, 2)
-    blocks = whole.permute(2, 4, 3, 5, 1, 0).reshape(16, 12, len(w))  # of 4 x 4; row, column, colour
-    return torch.nn.functional.pad(blocks, (0, 0, 0, 4)).view(DEPTH, len(w))
+    """Weights (C, 3, 7, 7) as the matrix (8 * 32, C) that the kernels take; its rows: kernel row, column, colour."""
+    lines = w.to(dtype).permute(2, 3, 1, 0).reshape(7, 21, len(w))
+    return torch.nn.functional.pad(lines, (0, 0, 1, LINE - 22, 0, LINES - 7)).reshape(LINES * LINE, len(w))
 
 
 def unpacked(matrix: Tensor) -> Tensor:
-    """(C, 4 * 64) as weights (C, 3, 7, 7)."""
-    blocks = matrix.view(len(matrix), 16, 16)[:, :, :12].reshape(len(matrix), 4, 4, 2, 2, 3)
-    whole = blocks.permute(0, 5, 1, 3, 2, 4).reshape(len(matrix), 3, 8, 8)
-    return whole[:, :, 1:, 1:].contiguous()
+    """(C, 8 * 32) as a kernel (C, 3, 7, 7)."""
+    lines = matrix.view(len(matrix), LINES, LINE)[:, :7, 1:22]
+    return lines.reshape(len(matrix), 7, 7, 3).permute(0, 3, 1, 2).contiguous()
 
 
-def to_blocks(x: Tensor, tiles: Tiles | None = None) -> Tensor:
-    """Patches as blocks (P, 16, A, B), channels-last."""
-    tiles, blocks = tiles or TILES["blocks"], blocks_like(x)
-    programs = _programs(x, blocks.shape[2] * blocks.shape[3], tiles)
-    with torch.cuda.device_of(x):
-        kernels.to_blocks[(programs,)](x, blocks, *x.shape[2:], **tiles.options())
-    return blocks
-
-
-def convolve(blocks: Tensor, w: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The convolution z, and mean and sum of squared deviations of every program's pixels, (programs, C) each."""
-    tiles, z = tiles or TILES["convolve"], convolved_like(blocks, w)
+def convolve(x: Tensor, w: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """z, and mean and sum of squared deviations of every program's pixels, (programs, C) each."""
+    tiles = tiles or TILES["convolve"]
+    z = convolved_like(x, w)
     programs, channels = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1]
-    means, squares = z.new_empty((2, programs, channels), dtype=torch.float32)
-    with torch.cuda.device_of(z):
+    means, squares = x.new_empty((2, programs, channels), dtype=torch.float32)
+    with torch.cuda.device_of(x):
         kernels.convolve[(programs,)](
-            *(blocks, packed(w, z.dtype), z, means, squares),
-            *(*z.shape[2:], channels),
-            **(tiles.options() | {"LINES": tiles.lines, "PRECISION": _precision(z)}),
+            *(x, packed(w, x.dtype), z, means, squares),
+            *(*x.shape[2:], channels),
+            **(tiles.options() | {"LINES": tiles.lines, "PRECISION": _precision(x)}),
         )
     return z, means, squares
 
@@ -202,15 +182,15 @@ def spread_gradient(maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = No
     return dz
 
 
-def weight_gradient(blocks: Tensor, maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = None) -> Tensor:
+def weight_gradient(x: Tensor, maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = None) -> Tensor:
     """The gradient of the convolution's weights (C, 3, 7, 7), float32, from the sums of ``reduce_gradient``."""
     tiles, z = tiles or TILES["weights"], maps[2]
     programs, channels, count = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1], z.numel() // z.shape[1]
-    parts = z.new_empty((programs, channels, DEPTH), dtype=torch.float32)
-    with torch.cuda.device_of(z):
+    parts = x.new_empty((programs, channels, LINES * LINE), dtype=torch.float32)
+    with torch.cuda.device_of(x):
         kernels.weight_gradient[(programs,)](
-            *(blocks, *maps, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, parts, norm.eps),
-            *(*z.shape[2:], channels),
-            **(tiles.options() | {"PRECISION": _precision(z)}),
+            *(x, *maps, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, parts, norm.eps),
+            *(*x.shape[2:], channels),
+            **(tiles.options() | {"PRECISION": _precision(x)}),
         )
     return unpacked(parts.sum(0))

@@ -19,7 +19,6 @@ from torch import Tensor
 from modules.stem_launch import (
     TILES,
     Norm,
-    blocks_like,
     convolve,
     convolved_like,
     merge,
@@ -28,7 +27,6 @@ from modules.stem_launch import (
     pooled_like,
     reduce_gradient,
     spread_gradient,
-    to_blocks,
     weight_gradient,
 )
 
@@ -36,12 +34,11 @@ from modules.stem_launch import (
 @torch.library.custom_op(
     "abmilx::stem",
     mutates_args=(),
-    schema="(Tensor x, Tensor w, Tensor weight, Tensor bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    schema="(Tensor x, Tensor w, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def stem(
     x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``max_pool2d(relu(batch_norm(conv2d(x, w, stride=2, padding=3))), 3, 2, 1)``, with the batch's own statistics.
 
     Args:
@@ -52,24 +49,23 @@ def stem(
         eps: of BatchNorm.
 
     Returns:
-        y; mean and biased variance (C,) float32 of z; patches as blocks; z; and the places of the maxima, uint8.
+        y; mean and biased variance (C,) float32 of z; z; and the places of the maxima, uint8, shaped as y.
     """
-    blocks = to_blocks(x)
-    z, means, squares = convolve(blocks, w)
+    z, means, squares = convolve(x, w)
     mean, var = merge(means, squares, z, TILES["convolve"])
     y, where = pool(z, Norm(mean, var, weight, bias, eps))
-    return y, mean, var, blocks, z, where
+    return y, mean, var, z, where
 
 
 @torch.library.custom_op(
     "abmilx::stem_backward",
     mutates_args=(),
-    schema="(Tensor grad, Tensor blocks, Tensor z, Tensor places, Tensor mean, Tensor var, Tensor weight, float eps, "
+    schema="(Tensor grad, Tensor x, Tensor z, Tensor places, Tensor mean, Tensor var, Tensor weight, float eps, "
     "bool fixed) -> (Tensor, Tensor, Tensor)",
 )
 def stem_backward(
     grad: Tensor,
-    blocks: Tensor,
+    x: Tensor,
     z: Tensor,
     places: Tensor,
     mean: Tensor,
@@ -84,7 +80,7 @@ def stem_backward(
     total, product = reduce_gradient(maps, norm)
     # Statistics that are given do not move with z, and these sums are how far they do.
     moved = (torch.zeros_like(total), torch.zeros_like(product)) if fixed else (total, product)
-    return weight_gradient(blocks, maps, norm, moved), product, total
+    return weight_gradient(x, maps, norm, moved), product, total
 
 
 @torch.library.custom_op(
@@ -119,25 +115,23 @@ def norm_pool_backward(
     "abmilx::stem_fixed",
     mutates_args=(),
     schema="(Tensor x, Tensor w, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor)",
 )
 def stem_fixed(
     x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``stem`` with given statistics, which are constants: y, blocks, z and the places of the maxima."""
-    blocks = to_blocks(x)
-    z = convolve(blocks, w)[0]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``stem`` with given statistics, which are constants: y, z and the places of the maxima."""
+    z = convolve(x, w)[0]
     y, where = pool(z, Norm(mean, var, weight, bias, eps))
-    return y, blocks, z, where
+    return y, z, where
 
 
 @stem_fixed.register_fake
 def _(
     x: Tensor, w: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    blocks = blocks_like(x)
-    z = convolved_like(blocks, w)
-    return pooled_like(z, z.dtype), blocks, z, pooled_like(z, torch.uint8)
+) -> tuple[Tensor, Tensor, Tensor]:
+    z = convolved_like(x, w)
+    return pooled_like(z, z.dtype), z, pooled_like(z, torch.uint8)
 
 
 @norm_pool.register_fake
@@ -153,19 +147,15 @@ def _(
 
 
 @stem.register_fake
-def _(
-    x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    blocks = blocks_like(x)
-    z = convolved_like(blocks, w)
-    mean, var = torch.empty_like(weight), torch.empty_like(weight)
-    return pooled_like(z, z.dtype), mean, var, blocks, z, pooled_like(z, torch.uint8)
+def _(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    z = convolved_like(x, w)
+    return pooled_like(z, z.dtype), torch.empty_like(weight), torch.empty_like(weight), z, pooled_like(z, torch.uint8)
 
 
 @stem_backward.register_fake
 def _(
     grad: Tensor,
-    blocks: Tensor,
+    x: Tensor,
     z: Tensor,
     places: Tensor,
     mean: Tensor,
@@ -179,12 +169,12 @@ def _(
 
 
 def _save_stem(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, w, weight, _, ctx.eps = inputs
-    _, mean, var, blocks, z, where = output
+    x, w, weight, _, ctx.eps = inputs
+    _, mean, var, z, where = output
     ctx.type = w.dtype
     # Else autograd makes zeros for the outputs that nobody differentiates, z among them.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(blocks, z, where, mean, var, weight)
+    ctx.save_for_backward(x, z, where, mean, var, weight)
 
 
 def _differentiate_stem(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -196,11 +186,11 @@ def _differentiate_stem(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tup
 
 
 def _save_fixed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, w, mean, var, weight, _, ctx.eps = inputs
-    _, blocks, z, where = output
+    x, w, mean, var, weight, _, ctx.eps = inputs
+    _, z, where = output
     ctx.type = w.dtype
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(blocks, z, where, mean, var, weight)
+    ctx.save_for_backward(x, z, where, mean, var, weight)
 
 
 def _differentiate_fixed(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -180,7 +180,7 @@ def check_all() -> None:
     norm_and_pool_have_the_gradient_of_the_plain_modules(torch.ops.abmilx)
     ties_go_to_the_first_maximum(torch.ops.abmilx)
     what_is_not_a_number_stays_visible(torch.ops.abmilx)
-    stem_launch.TILES.update({name: stem_launch.Tiles(64, 2, lines=4) for name in stem_launch.TILES})
+    stem_launch.TILES.update({name: stem_launch.Tiles(64, 2, lines=8) for name in stem_launch.TILES})
     module_switches_between_fused_and_plain()
 
 
