@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +51,6 @@ def fixed_kernels() -> Iterator[None]:
         torch.backends.cudnn.benchmark = searching
 
 
-@torch.inference_mode()
 def predict(
     model: SlideModel,
     calls: Iterable[Bags],
@@ -59,13 +58,26 @@ def predict(
     precision: Precision,
     processes: Processes,
 ) -> Predictions:
+    """``predict_all`` of one model."""
+    return predict_all({"main": model}, calls, renderer, precision, processes)["main"]
+
+
+@torch.inference_mode()
+def predict_all(
+    models: Mapping[str, SlideModel],
+    calls: Iterable[Bags],
+    renderer: Renderer | None,
+    precision: Precision,
+    processes: Processes,
+) -> dict[str, Predictions]:
     """Evaluates the bags that ``calls`` gives this process and joins the results of all processes.
 
     Patches of a bag are encoded as they come; only their features wait for the rest of the bag, so memory does not grow
-    with the number of patches but by their features. Nothing here waits for the device before the last bag.
+    with the number of patches but by their features. Nothing here waits for the device before the last bag. Patches are
+    read, decoded and rendered once for all models.
 
     Args:
-        model: the weights to evaluate.
+        models: sets of weights by name.
         calls: what the encoder takes at a time, on the device (``datasets.eval_reading.on_device``); features: bags.
         renderer: patches to encoder input; None for features.
         precision: of the forward passes.
@@ -74,36 +86,51 @@ def predict(
     Raises:
         Stopped: on all processes, when one of them was asked to stop.
     """
-    model.eval()
-    features: list[Tensor] = []
+    features: dict[str, list[Tensor]] = {name: [] for name in models}
+    logits: dict[str, list[Tensor]] = {name: [] for name in models}
     positions: list[Tensor] = []
     index: list[int] = []
-    logits: list[Tensor] = []
     targets: list[dict[str, Tensor]] = []
+    for model in models.values():
+        model.eval()
     with precision.autocast(), fixed_kernels():  # entered once, so that weights are converted once
         for bags in calls:
             if processes.stop.by is not None:
                 break
             inputs = bags.instances if renderer is None else renderer(bags.instances)
-            features.append(model.encode(inputs))
+            for name, model in models.items():
+                features[name].append(model.encode(inputs))
             positions += [] if bags.pos is None else [bags.pos]
             if not bags.last:
                 continue
-            whole = torch.cat(features)
             pos = torch.cat(positions) if positions else None
-            bag_logits, _ = model.aggregate(whole, [len(whole)], pos=pos)
-            logits.append(bag_logits.float())
+            for name, model in models.items():
+                logits[name].append(_scores(model, features[name], pos))
+                features[name].clear()
+            positions.clear()
             index += bags.index
             targets.append(bags.target)
-            features.clear()
-            positions.clear()
+    return _of_all_processes({name: _own(index, own, targets) for name, own in logits.items()}, processes)
+
+
+def _scores(model: SlideModel, features: list[Tensor], pos: Tensor | None) -> Tensor:
+    whole = torch.cat(features)
+    logits, _ = model.aggregate(whole, [len(whole)], pos=pos)
+    return logits.float()
+
+
+def _own(index: list[int], logits: list[Tensor], targets: list[dict[str, Tensor]]) -> Predictions:
     names = targets[0] if targets else {}
-    own = Predictions(
+    return Predictions(
         torch.tensor(index, dtype=torch.int64),
         torch.cat(logits).cpu() if logits else torch.empty(0),
         {k: torch.cat([t[k] for t in targets]) for k in names},
     )
-    shards = processes.gather(None if processes.stop.by is not None else own)
-    if any(shard is None for shard in shards):
+
+
+def _of_all_processes(own: dict[str, Predictions], processes: Processes) -> dict[str, Predictions]:
+    gathered = processes.gather(None if processes.stop.by is not None else own)
+    shards = [shard for shard in gathered if shard is not None]
+    if len(shards) < len(gathered):
         raise Stopped("evaluation")
-    return Predictions.join(shards)
+    return {name: Predictions.join(shard[name] for shard in shards) for name in own}

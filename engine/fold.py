@@ -302,7 +302,7 @@ class FoldRun:
         same = self.fold.selection == "test"  # validation is the test set
         splits = ("val", "test") if self.eval_options.always_test and not same else ("val",)
         try:
-            seen = {(name, split): self.evaluator.predict(name, split) for name in self.names for split in splits}
+            seen = {split: self.evaluator.predict(self.names, split) for split in splits}
         except Stopped:
             self._save()
             self._say_stopped(f"the training of epoch {epoch + 1}")
@@ -310,7 +310,7 @@ class FoldRun:
         values: dict[str, Any] = {}
         for name in self.names:
             suffix = "" if name == "main" else f"_{name}"
-            predictions = seen[name, "val"]
+            predictions = seen["val"][name]
             metrics, loss = self._agreed(predictions)
             values |= {f"val_{k}{suffix}": v for k, v in metrics.values.items()} | {f"val_loss{suffix}": loss}
             chosen = metrics.values[self.task.selection]
@@ -320,7 +320,7 @@ class FoldRun:
                 for note in metrics.notes if epoch == 0 else ():
                     log.info("%s  validation: %s", self.label, note)
             if self.eval_options.always_test:
-                tested = seen[name, splits[-1]]
+                tested = seen[splits[-1]][name]
                 point = self.task.statistics(tested.logits, tested.target).point()
                 values |= {f"te_{k}{suffix}": v for k, v in point.values.items()}
         return values

@@ -50,18 +50,15 @@ class Tester:
 
     def test(self, names: Sequence[str], epochs: int, label: str) -> FoldResult:
         """Tests the sets of weights ``names`` of a fold that was trained for ``epochs`` epochs."""
-        results = {}
-        logits = {}
-        for name in names:
-            path = self.files.best(name)
-            content = load(path)
-            weights = content["model"] if name == "main" else content["teacher"]
-            load_weights(self.evaluator.learner.weights()[name], weights, path)
-            predictions = self.evaluator.predict(name, "test")
+        results: dict[str, dict[str, Any]] = {}
+        logits: dict[str, Predictions] = {}
+        kept = {name: self._load(name) for name in names}
+        seen = self.evaluator.predict(names, "test")
+        for name, predictions in seen.items():
             statistics = self.task.statistics(predictions.logits, predictions.target)
             estimates = bootstrap(statistics, self.fold.index, self.eval_options.num_bootstrap)
             results[name] = {
-                "epoch": content["epoch"],
+                "epoch": kept[name],
                 "metrics": estimates.as_dict(),
                 "notes": estimates.notes,
                 "report": self.task.report(predictions.logits, predictions.target),
@@ -73,7 +70,7 @@ class Tester:
                 "%s  test (%s weights of epoch %d, %s)  %s %.4f [%.4f, %.4f]",
                 label,
                 name,
-                content["epoch"] + 1,
+                kept[name] + 1,
                 "the last" if self.keep_last else f"chosen on {self.fold.selection}",
                 self.task.selection,
                 chosen.value,
@@ -84,6 +81,15 @@ class Tester:
                 log.info("%s    %s", label, line)
         selected_on = "none" if self.keep_last else self.fold.selection
         return FoldResult(self.fold, epochs, selected_on, results, logits)
+
+    def _load(self, name: str) -> int:
+        """Puts the kept weights in place; returns the epoch that they are of."""
+        path = self.files.best(name)
+        content = load(path)
+        weights = content["model"] if name == "main" else content["teacher"]
+        load_weights(self.evaluator.learner.weights()[name], weights, path)
+        epoch: int = content["epoch"]
+        return epoch
 
     def _write_predictions(self, name: str, predictions: Predictions) -> None:
         scores = self.task.scores(predictions.logits)

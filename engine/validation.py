@@ -12,7 +12,7 @@ from datasets.label_types import Fold, Sample
 from datasets.loaders import LoaderOptions, shard
 from engine import memory
 from engine.decoding import coded, gpu_decoder
-from engine.evaluate import Predictions, predict
+from engine.evaluate import Predictions, predict_all
 from engine.learner import Learner
 from engine.setup import Setup
 from utils.dist import Processes
@@ -57,17 +57,17 @@ class Evaluator:
         self._samples = {"val": fold.val, "test": fold.test}
         self._reader: EvalReader | None = None
 
-    def predict(self, name: str, split: str) -> Predictions:
-        """What the weights ``name`` ("main", "ema") say about ``split`` ("val", "test"), each bag once.
+    def predict(self, names: Sequence[str], split: str) -> dict[str, Predictions]:
+        """What each of the weights ``names`` ("main", "ema") says about ``split`` ("val", "test"), each bag once.
 
         Raises:
             Stopped: when a process was asked to stop; all processes raise it.
             UserError: when the device has too little memory.
         """
         learner, load = self.learner, memory.Load()
-        model, calls = learner.weights()[name], self._watched(split, load)
+        models, calls = {name: learner.weights()[name] for name in names}, self._watched(split, load)
         with memory.explained(load, self.setup.config, training=False):
-            return predict(model, calls, learner.renderer, learner.precision, self.processes)
+            return predict_all(models, calls, learner.renderer, learner.precision, self.processes)
 
     def _watched(self, split: str, load: memory.Load) -> Iterator[Bags]:
         """The encoder calls of a split; ``load`` follows them."""

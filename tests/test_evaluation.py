@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from datasets.labels import Sample
 from datasets.loaders import LoaderOptions
 from datasets.positions import Grid
 from datasets.store import PatchStore
-from engine.evaluate import predict
+from engine.evaluate import predict, predict_all
 from engine.precision import Precision
 from modules.model import SlideModel
 from utils.dist import Processes
@@ -167,6 +168,31 @@ def test_logits_are_those_of_whole_bags(store: PatchStore, plan: PartPlan) -> No
     expected = [patches(store, *s).astype(np.int64).sum((0, 1, 2)) for s in ("a", "bc", "d")]
     assert np.array_equal(found.logits.numpy(), np.stack(expected).astype(np.float32))
     assert found.index.tolist() == found.target["label"].tolist() == [0, 1, 2]
+
+
+def test_several_sets_of_weights_are_evaluated_in_one_pass(store: PatchStore) -> None:
+    torch.manual_seed(0)
+    models = {name: SlideModel(_Linear(), Sum()) for name in ("main", "ema")}
+    alone, exact, plan = Processes(0, 1, CPU), Precision("cpu", None), PartPlan(8, 3, 2)
+    source = parts_of(store, plan)
+    read = on_device([source[i] for i in range(len(source))], CPU)
+    calls = [replace(bags, instances=bags.instances.clone()) for bags in read]
+    asked = iter(calls)  # can be gone through once
+    together = predict_all(models, asked, None, exact, alone)
+    for name, model in models.items():
+        one = predict(model, calls, None, exact, alone)
+        assert torch.equal(one.logits, together[name].logits)
+        assert torch.equal(one.index, together[name].index)
+    assert not torch.equal(together["main"].logits, together["ema"].logits)
+
+
+class _Linear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, pos: Tensor) -> Tensor:
+        return x.sum(1) * self.weight
 
 
 class _Flat(nn.Module):
