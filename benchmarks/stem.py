@@ -29,8 +29,7 @@ from torch.nn import functional
 
 from modules import stem_launch as own
 from modules.encoders import build_encoder
-from modules.stem import convolve_blocks
-from modules.stem_triton import norm_pool, stem
+from modules.stem_triton import stem
 
 LAST = torch.channels_last
 BYTES_PER_MS = 3.0e9
@@ -92,8 +91,6 @@ def variants() -> dict[str, list[own.Tiles]]:
         + [t(128, 7, 8, 1, 8), t(128, 7, 8, 1, 4)],
         "pool": [t(8, 28, 2), t(8, 7, 2), t(16, 14, 4), t(64, 14, 8), t(4, 28, 1)],
         "reduce": [t(8, 49, 4), t(16, 14, 4), t(16, 49, 8), t(8, 49, 2)],
-        "spread": [t(8, 14, 4)],
-        "moments": [t(128, 14, 8)],
     }
     return {name: [own.TILES[name], *(v for v in tiles if v != own.TILES[name])] for name, tiles in table.items()}
 
@@ -111,10 +108,8 @@ def kernel_calls(case: Case) -> dict[str, tuple[float, Call]]:
     small = size["y"] * 1.5
     return {
         "convolve": (size["x"] + size["z"], lambda tiles: own.convolve(x, w, tiles)),
-        "moments": (size["z"], lambda tiles: own.moments(z, tiles)),
         "pool": (size["z"] + small, lambda tiles: own.pool(z, norm, tiles)),
         "reduce": (size["z"] + small, lambda tiles: own.reduce_gradient(maps, norm, tiles)),
-        "spread": (2 * size["z"] + small, lambda tiles: own.spread_gradient(maps, norm, sums, tiles)),
         "weights": (size["x"] + size["z"] + small, lambda tiles: own.weight_gradient(x, maps, norm, sums, tiles)),
     }
 
@@ -153,6 +148,23 @@ def kernels(case: Case) -> None:
             line(f"{name}: best; floor", took, floor, str(own.TILES[name]))
 
 
+def convolve_blocks(x: Tensor, weight: Tensor) -> Tensor:
+    """``conv2d(x, weight, stride=2, padding=3)`` of 7 x 7 as one of 4 x 4 with stride 1 over blocks of 2 x 2 pixels.
+
+    An eighth row and column of zeros in front of the kernel make it cover whole blocks. A block has 12 numbers, 16
+    with zeros, which the matrix units take as they are; three channels they do not.
+
+    Args:
+        x: (P, 3, H, W) with even H and W.
+        weight: (C, 3, 7, 7).
+    """
+    x = functional.pixel_unshuffle(functional.pad(x, (4, 2, 4, 2)), 2)
+    kernel = functional.pixel_unshuffle(functional.pad(weight, (1, 0, 1, 0)), 2)
+    zeros = (0, 0, 0, 0, 0, 4)
+    x, kernel = functional.pad(x, zeros), functional.pad(kernel, zeros)
+    return functional.conv2d(x.contiguous(memory_format=LAST), kernel.contiguous(memory_format=LAST))
+
+
 def plain_rest(z: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     normed = functional.batch_norm(z, None, None, weight, bias, training=True)
     return functional.max_pool2d(functional.relu(normed), 3, 2, 1)
@@ -170,22 +182,13 @@ def own_stem(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return stem(x, w, weight, bias, 1e-5)[0]
 
 
-def blocks_and_own_rest(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    z = convolve_blocks(x, w.to(x.dtype)).contiguous(memory_format=LAST)
-    return norm_pool(z, weight, bias, 1e-5)[0]
-
-
 def forms(case: Case, compiled: bool) -> None:
     """Milliseconds of forward, and of forward and backward."""
-    rest: dict[str, Callable[..., Tensor]] = {
-        "plain": plain_rest,
-        "ours": lambda z, weight, bias: norm_pool(z, weight, bias, 1e-5)[0],
-    }
     convolutions: dict[str, Callable[..., Tensor]] = {
         "7 x 7 of 3 channels": lambda x, w: functional.conv2d(x, w.to(x.dtype), stride=2, padding=3),
         "4 x 4 of 16 channels": lambda x, w: convolve_blocks(x, w.to(x.dtype)),
     }
-    stems = {"plain": plain_stem, "blocks": blocks_stem, "blocks, then ours": blocks_and_own_rest, "ours": own_stem}
+    stems = {"plain": plain_stem, "blocks": blocks_stem, "ours": own_stem}
     how = "compiled" if compiled else "eager"
 
     def ready(form: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -194,8 +197,7 @@ def forms(case: Case, compiled: bool) -> None:
     for name, form in convolutions.items():
         line(f"convolution, {name}, {how}", *timed(ready(form), [case.x], [case.w]))
     z = functional.conv2d(case.x, case.w.detach().to(case.x.dtype), stride=2, padding=3).requires_grad_()
-    for name, form in rest.items():
-        line(f"norm, ReLU, pool: {name}, {how}", *timed(ready(form), [], [z, case.weight, case.bias]))
+    line(f"norm, ReLU, pool, {how}", *timed(ready(plain_rest), [], [z, case.weight, case.bias]))
     for name, form in stems.items():
         line(f"stem: {name}, {how}", *timed(ready(form), [case.x], case.parameters))
 

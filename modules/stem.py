@@ -15,7 +15,6 @@ import importlib
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 STEM = ("conv1", "bn1", "act1", "maxpool")
 HALF = (torch.float16, torch.bfloat16)
@@ -68,7 +67,8 @@ def fused_stem(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor | None:
         x: channels-last; converted to the type of a running autocast.
 
     Returns:
-        None where the plain modules must do it: other norms (SyncBatchNorm), layouts, types and devices.
+        None where the plain modules must do it: other norms (SyncBatchNorm), layouts, types and devices, and patches
+        that need a gradient.
     """
     if not _runs_on(x):
         return None
@@ -76,17 +76,12 @@ def fused_stem(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor | None:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if not (isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and _takes(norm, x)):
         return None
-    whole = x.dtype in HALF and not (x.requires_grad and torch.is_grad_enabled())
     if not norm.training:
-        return _evaluate(conv, norm, x) if whole else None
+        return _evaluate(conv, norm, x)
     count = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
     if count < 2 or norm.momentum is None:
         return None
-    if whole:
-        y, mean, var, *_ = torch.ops.abmilx.stem(x, conv.weight, norm.weight, norm.bias, norm.eps)
-    else:
-        z = conv(x).contiguous(memory_format=torch.channels_last)
-        y, mean, var, _ = torch.ops.abmilx.norm_pool(z, norm.weight, norm.bias, norm.eps)
+    y, mean, var, *_ = torch.ops.abmilx.stem(x, conv.weight, norm.weight, norm.bias, norm.eps)
     _track(norm, mean.detach(), var.detach() * (count / (count - 1)))
     fused: Tensor = y
     return fused
@@ -99,7 +94,8 @@ def _runs_on(x: Tensor) -> bool:
 def _takes(norm: nn.BatchNorm2d, x: Tensor) -> bool:
     plain = norm.affine and norm.weight.dtype == torch.float32 and norm.running_mean is not None
     laid_out = x.dim() == 4 and x.shape[1] == 3 and x.is_contiguous(memory_format=torch.channels_last)
-    return plain and laid_out and x.shape[0] > 0 and x.dtype in (*HALF, torch.float32)
+    differentiated = x.requires_grad and torch.is_grad_enabled()
+    return plain and laid_out and x.shape[0] > 0 and x.dtype in HALF and not differentiated
 
 
 def _evaluate(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -135,21 +131,3 @@ def _import_kernels() -> bool:
     except ImportError:  # Triton is not installed
         return False
     return True
-
-
-def convolve_blocks(x: Tensor, weight: Tensor) -> Tensor:
-    """``conv2d(x, weight, stride=2, padding=3)`` of 7 x 7 as one of 4 x 4 with stride 1 over blocks of 2 x 2 pixels.
-
-    An eighth row and column of zeros in front of the kernel make it cover whole blocks. A block has 12 numbers, 16
-    with zeros, which the matrix units take as they are; three channels they do not.
-
-    Args:
-        x: (P, 3, H, W) with even H and W.
-        weight: (C, 3, 7, 7).
-    """
-    x = functional.pixel_unshuffle(functional.pad(x, (4, 2, 4, 2)), 2)
-    kernel = functional.pixel_unshuffle(functional.pad(weight, (1, 0, 1, 0)), 2)
-    zeros = (0, 0, 0, 0, 0, 4)
-    layout = torch.channels_last
-    x, kernel = functional.pad(x, zeros), functional.pad(kernel, zeros)
-    return functional.conv2d(x.contiguous(memory_format=layout), kernel.contiguous(memory_format=layout))

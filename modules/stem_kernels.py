@@ -90,30 +90,6 @@ def convolve(
 
 
 @triton.jit
-def moments(
-    z, means, squares,
-    SIZE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
-):  # fmt: skip
-    """A program: mean and sum of squared deviations of REPEAT tiles of ROWS of the SIZE pixels of an image of z."""
-    STRIPS: tl.constexpr = (SIZE + ROWS * REPEAT - 1) // (ROWS * REPEAT)
-    z += (tl.program_id(0) // STRIPS).to(tl.int64) * (SIZE * C)
-    begin = tl.program_id(0) % STRIPS * (ROWS * REPEAT)
-    channel = tl.arange(0, C)
-    count = 0.0
-    mean = tl.zeros([C], tl.float32)
-    square = tl.zeros([C], tl.float32)
-    for tile in range(REPEAT):
-        start = begin + tile * ROWS
-        at = start + tl.arange(0, ROWS)
-        inside = at < SIZE
-        value = tl.load(z + at[:, None] * C + channel[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-        count, mean, square = _merge(count, mean, square, value, inside, start, SIZE, ROWS)
-    to = tl.program_id(0).to(tl.int64) * C + channel
-    tl.store(means + to, mean)
-    tl.store(squares + to, square)
-
-
-@triton.jit
 def _row_maximum(z, row, j, mean, scale, shift, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
     """First maximum of relu(norm(z)) over columns 2j - 1 to 2j + 1 of a row, and which it is; -1 outside."""
     channel = tl.arange(0, C)[None, :]
@@ -244,44 +220,6 @@ def reduce_gradient(
     to = tl.program_id(0).to(tl.int64) * C + channel
     tl.store(totals + to, tl.sum(total, 0))
     tl.store(products + to, tl.sum(product, 0))
-
-
-@triton.jit
-def _put(dz, z, d, row, col, mean, rstd, weight, total, product, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr):
-    standard, at, inside = _standard(z, row, col, mean, rstd, A, B, C)
-    slope = weight * rstd * (d - total - standard * product)
-    tl.store(dz + at, slope.to(dz.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def spread_gradient(
-    grad, where, z, mean, var, weight, total, product, dz, eps,
-    A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
-):  # fmt: skip
-    """A program: dz of REPEAT tiles of ROWS fours of pixels; ``total`` is sum(d) / n, ``product`` sum(d x^) / n."""
-    PA: tl.constexpr = (A + 1) // 2
-    PB: tl.constexpr = (B + 1) // 2
-    STRIPS: tl.constexpr = (PA * PB + ROWS * REPEAT - 1) // (ROWS * REPEAT)
-    image = (tl.program_id(0) // STRIPS).to(tl.int64)
-    begin = tl.program_id(0) % STRIPS * (ROWS * REPEAT)
-    z += image * (A * B * C)
-    dz += image * (A * B * C)
-    grad += image * (PA * PB * C)
-    where += image * (PA * PB * C)
-    channel = tl.arange(0, C)
-    centre = tl.load(mean + channel)[None, :]
-    rstd = tl.rsqrt(tl.load(var + channel) + eps)[None, :]
-    factor = tl.load(weight + channel)[None, :]
-    s = tl.load(total + channel)[None, :]
-    t = tl.load(product + channel)[None, :]
-    for tile in range(REPEAT):
-        at = begin + tile * ROWS + tl.arange(0, ROWS)
-        i, j = at // PB, at % PB
-        d00, d01, d10, d11 = _gather(grad, where, i, j, PA, PB, C)
-        _put(dz, z, d00, 2 * i, 2 * j, centre, rstd, factor, s, t, A, B, C)
-        _put(dz, z, d01, 2 * i, 2 * j + 1, centre, rstd, factor, s, t, A, B, C)
-        _put(dz, z, d10, 2 * i + 1, 2 * j, centre, rstd, factor, s, t, A, B, C)
-        _put(dz, z, d11, 2 * i + 1, 2 * j + 1, centre, rstd, factor, s, t, A, B, C)
 
 
 @triton.jit

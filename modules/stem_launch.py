@@ -40,10 +40,8 @@ class Tiles:
 
 TILES = {
     "convolve": Tiles(128, 7),
-    "moments": Tiles(128, 14, warps=8),
     "pool": Tiles(8, 14, warps=2),
     "reduce": Tiles(16, 49, warps=8),
-    "spread": Tiles(8, 14),
     "weights": Tiles(16, 196, warps=8, stages=1),
 }
 """Fastest tiles of every kernel, measured on an H100."""
@@ -119,20 +117,9 @@ def convolve(x: Tensor, w: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, 
     return z, means, squares
 
 
-def moments(z: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
-    """Mean and sum of squared deviations of every program's pixels, (programs, C) each."""
-    tiles = tiles or TILES["moments"]
-    size, channels = z.shape[2] * z.shape[3], z.shape[1]
-    programs = _programs(z, size, tiles)
-    means, squares = z.new_empty((2, programs, channels), dtype=torch.float32)
-    with torch.cuda.device_of(z):
-        kernels.moments[(programs,)](z, means, squares, size, channels, **tiles.options())
-    return means, squares
-
-
-def merge(means: Tensor, squares: Tensor, z: Tensor, tiles: Tiles) -> tuple[Tensor, Tensor]:
+def merge(means: Tensor, squares: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of z from those of its parts (Chan, Golub, LeVeque, 1983)."""
-    size, part = z.shape[2] * z.shape[3], tiles.rows * tiles.repeat
+    size, part = z.shape[2] * z.shape[3], TILES["convolve"].rows * TILES["convolve"].repeat
     strips = triton.cdiv(size, part)
     counts = (size - part * torch.arange(strips, device=z.device)).clamp(max=part).double()[:, None]
     own = means.view(-1, strips, z.shape[1]).double()
@@ -167,19 +154,6 @@ def reduce_gradient(maps: Maps, norm: Norm, tiles: Tiles | None = None) -> Sums:
             **tiles.options(),
         )
     return parts[0].sum(0), parts[1].sum(0)
-
-
-def spread_gradient(maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = None) -> Tensor:
-    """The gradient of z, from the sums of ``reduce_gradient``."""
-    tiles, z = tiles or TILES["spread"], maps[2]
-    dz, channels, count = torch.empty_like(z), z.shape[1], z.numel() // z.shape[1]
-    with torch.cuda.device_of(z):
-        kernels.spread_gradient[(_programs(z, _fours(z), tiles),)](
-            *(*maps, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, dz, norm.eps),
-            *(*z.shape[2:], channels),
-            **tiles.options(),
-        )
-    return dz
 
 
 def weight_gradient(x: Tensor, maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = None) -> Tensor:

@@ -1,8 +1,7 @@
 """A ResNet's stem in training as torch operators: 7 x 7 convolution, BatchNorm, ReLU and 3 x 3 maximum, fused.
 
 ``stem`` computes all four: the statistics are taken where the convolution's result z is made, one kernel makes the
-rest, and the backward pass never writes the gradient of z. ``norm_pool`` is the part behind the convolution,
-``stem_fixed`` is ``stem`` in evaluation.
+rest, and the backward pass never writes the gradient of z. ``stem_fixed`` is the same for evaluation.
 ``modules.stem`` imports this file only where it can run. Figures: docs/decisions/resnet-stem.md.
 
 Shapes: P patches of H x W px, z is (P, C, A, B), y is (P, C, ceil(A / 2), ceil(B / 2)); all channels-last. The
@@ -17,16 +16,13 @@ import torch
 from torch import Tensor
 
 from modules.stem_launch import (
-    TILES,
     Norm,
     convolve,
     convolved_like,
     merge,
-    moments,
     pool,
     pooled_like,
     reduce_gradient,
-    spread_gradient,
     weight_gradient,
 )
 
@@ -52,7 +48,7 @@ def stem(
         y; mean and biased variance (C,) float32 of z; z; and the places of the maxima, uint8, shaped as y.
     """
     z, means, squares = convolve(x, w)
-    mean, var = merge(means, squares, z, TILES["convolve"])
+    mean, var = merge(means, squares, z)
     y, where = pool(z, Norm(mean, var, weight, bias, eps))
     return y, mean, var, z, where
 
@@ -84,34 +80,6 @@ def stem_backward(
 
 
 @torch.library.custom_op(
-    "abmilx::norm_pool",
-    mutates_args=(),
-    schema="(Tensor z, Tensor weight, Tensor bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def norm_pool(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``stem`` behind its convolution: y, mean, variance and places from z, which may be float32 too."""
-    mean, var = merge(*moments(z), z, TILES["moments"])
-    y, where = pool(z, Norm(mean, var, weight, bias, eps))
-    return y, mean, var, where
-
-
-@torch.library.custom_op(
-    "abmilx::norm_pool_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor z, Tensor places, Tensor mean, Tensor var, Tensor weight, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def norm_pool_backward(
-    grad: Tensor, z: Tensor, places: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``norm_pool`` in z, weight and bias, from that in y."""
-    norm = Norm(mean, var, weight, weight, eps)
-    maps = grad, places, z
-    total, product = reduce_gradient(maps, norm)
-    return spread_gradient(maps, norm, (total, product)), product, total
-
-
-@torch.library.custom_op(
     "abmilx::stem_fixed",
     mutates_args=(),
     schema="(Tensor x, Tensor w, Tensor mean, Tensor var, Tensor weight, Tensor bias, float eps)"
@@ -132,18 +100,6 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     z = convolved_like(x, w)
     return pooled_like(z, z.dtype), z, pooled_like(z, torch.uint8)
-
-
-@norm_pool.register_fake
-def _(z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return pooled_like(z, z.dtype), torch.empty_like(weight), torch.empty_like(weight), pooled_like(z, torch.uint8)
-
-
-@norm_pool_backward.register_fake
-def _(
-    grad: Tensor, z: Tensor, places: Tensor, mean: Tensor, var: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(z), torch.empty_like(weight), torch.empty_like(weight)
 
 
 @stem.register_fake
@@ -201,20 +157,5 @@ def _differentiate_fixed(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tu
     return None, w.to(ctx.type), None, None, weight, bias, None
 
 
-def _save_norm_pool(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z, weight, _, ctx.eps = inputs
-    _, mean, var, where = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(z, where, mean, var, weight)
-
-
-def _differentiate_norm_pool(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None:
-        return None, None, None, None
-    grad = grad.contiguous(memory_format=torch.channels_last)
-    return *norm_pool_backward(grad, *ctx.saved_tensors, ctx.eps), None
-
-
 stem.register_autograd(_differentiate_stem, setup_context=_save_stem)
 stem_fixed.register_autograd(_differentiate_fixed, setup_context=_save_fixed)
-norm_pool.register_autograd(_differentiate_norm_pool, setup_context=_save_norm_pool)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from modules import stem
 from modules.encoders import build_encoder
-from modules.stem import convolve_blocks, fused_stem, has_standard_stem
+from modules.stem import fused_stem, has_standard_stem
 from modules.sync_batchnorm import JoinedBatchNorm, synchronised
 
 
@@ -23,14 +23,13 @@ def r18() -> nn.Module:
 
 @pytest.mark.parametrize("size", [(14, 14), (10, 12), (2, 4)])
 def test_convolution_over_blocks_is_the_convolution(size: tuple[int, int]) -> None:
-    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(8, 3, 7, 7, dtype=torch.float64, requires_grad=True)
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from benchmarks.stem import convolve_blocks
+
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    w = torch.randn(8, 3, 7, 7, dtype=torch.float64)
     want = functional.conv2d(x, w, stride=2, padding=3)
-    slope = torch.randn_like(want)
-    got = convolve_blocks(x, w)
-    torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
-    for a, b in zip(torch.autograd.grad(got, (x, w), slope), torch.autograd.grad(want, (x, w), slope), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    torch.testing.assert_close(convolve_blocks(x, w), want, atol=1e-12, rtol=1e-12)
 
 
 def test_resnet_trunks_have_the_stem_and_others_do_not() -> None:
@@ -72,15 +71,17 @@ def test_what_the_kernels_do_not_take_is_left_to_the_plain_modules(
     x = torch.randn(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
     assert fused_stem(conv, norm, x) is None  # on a CPU
     monkeypatch.setattr(stem, "_runs_on", lambda x: True)
-    assert stem._takes(norm, x)
-    assert not stem._takes(norm, x.contiguous())
-    assert not stem._takes(norm, x.double())
-    assert not stem._takes(norm, x[:0])
-    assert not stem._takes(copy.deepcopy(norm).half(), x)
-    assert fused_stem(conv, norm.eval(), x) is None  # float32 evaluation
-    assert fused_stem(conv, synchronised(copy.deepcopy(norm), cuda=False), x) is None
-    norm.train().momentum = None
-    assert fused_stem(conv, norm, x) is None
+    half = x.half()
+    assert stem._takes(norm, half)
+    assert not stem._takes(norm, half.contiguous())
+    assert not stem._takes(norm, x)
+    assert not stem._takes(norm, half[:0])
+    assert not stem._takes(norm, half.clone().requires_grad_())
+    assert not stem._takes(copy.deepcopy(norm).half(), half)
+    assert fused_stem(conv, synchronised(copy.deepcopy(norm), cuda=False), half) is None
+    assert fused_stem(conv, norm, half[:1, :, :2, :2]) is None  # one pixel has no variance
+    norm.momentum = None
+    assert fused_stem(conv, norm, half) is None
 
 
 def test_state_and_conversion_do_not_know_of_it(r18: nn.Module) -> None:

@@ -82,25 +82,21 @@ def given_statistics_are_constants(ops) -> None:  # type: ignore[no-untyped-def]
     close(outcome(fused, x, conv, norm), outcome(plain, x.double(), *exact), 2e-5)
 
 
-def norm_and_pool_have_the_gradient_of_the_plain_modules(ops) -> None:  # type: ignore[no-untyped-def]
-    for size in ((7, 7), (5, 6)):
-        _, norm = layers()
-        z = (torch.randn(2, 16, *size) + 2).contiguous(memory_format=LAST).requires_grad_()
-        exact, double = copy.deepcopy(norm).double(), z.detach().double().requires_grad_()
-        y = ops.norm_pool(z, norm.weight, norm.bias, norm.eps)[0]
-        want = functional.max_pool2d(functional.relu(exact(double)), 3, 2, 1)
-        slope = torch.randn_like(y)
-        got = torch.autograd.grad(y, [z, norm.weight, norm.bias], slope)
-        close([y, *got], [want, *torch.autograd.grad(want, [double, *exact.parameters()], slope.double())], 1e-5)
+def pooled(z: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Maxima and their places, and the same values before the maximum, by torch, of z with its own statistics."""
+    from modules.stem_launch import Norm, pool
+
+    one, zero = torch.ones(z.shape[1]), torch.zeros(z.shape[1])
+    var, mean = torch.var_mean(z, (0, 2, 3), correction=0)
+    z = z.to(dtype).contiguous(memory_format=LAST)
+    y, where = pool(z, Norm(mean, var, one, zero, 1e-5))
+    return y, where, functional.relu(functional.batch_norm(z, mean, var, one, zero))
 
 
-def ties_go_to_the_first_maximum(ops) -> None:  # type: ignore[no-untyped-def]
+def ties_go_to_the_first_maximum() -> None:
     """Few different values in half precision: nearly every window has several maxima."""
     for dtype in (torch.bfloat16, torch.float16):
-        z = torch.randint(0, 3, (2, 16, 9, 8)).to(dtype).contiguous(memory_format=LAST)
-        weight, bias = torch.ones(16), torch.zeros(16)
-        y, _, _, where = ops.norm_pool(z, weight, bias, 1e-5)
-        normed = functional.relu(functional.batch_norm(z, None, None, weight, bias, training=True))
+        y, where, normed = pooled(torch.randint(0, 3, (2, 16, 9, 8)).float(), dtype)
         want, flat = functional.max_pool2d(normed, 3, 2, 1, return_indices=True)
         torch.testing.assert_close(y, want)
         rows, cols = flat // 8, flat % 8
@@ -109,10 +105,10 @@ def ties_go_to_the_first_maximum(ops) -> None:  # type: ignore[no-untyped-def]
         assert torch.equal(where.long(), place)
 
 
-def what_is_not_a_number_stays_visible(ops) -> None:  # type: ignore[no-untyped-def]
-    z = torch.randn(1, 16, 8, 8).contiguous(memory_format=LAST)
+def what_is_not_a_number_stays_visible() -> None:
+    z = torch.randn(1, 16, 8, 8)
     z[0, 5, 3, 3] = torch.nan
-    y, *_ = ops.norm_pool(z, torch.ones(16), torch.zeros(16), 1e-5)
+    y, _, _ = pooled(z, torch.float32)
     assert torch.equal(y.isnan().flatten(2).any(-1)[0], torch.arange(16) == 5)
 
 
@@ -135,13 +131,9 @@ def module_switches_between_fused_and_plain() -> None:
         features.square().sum().backward()
         return [features.detach(), *(p.grad.clone() for p in model.parameters()), *(b.clone() for b in model.buffers())]
 
-    want = gradients(reference, reference(x))
-    stem._runs_on = lambda x: False
-    close(gradients(encoder, encoder(x)), want, 1e-6)
-    assert calls.pop() is None
     stem._runs_on = lambda x: True
-    close(gradients(encoder, encoder(x)), gradients(reference, reference(x)), 1e-4)
-    assert calls.pop() is not None
+    close(gradients(encoder, encoder(x)), gradients(reference, reference(x)), 1e-6)  # float32 is not for it
+    assert calls.pop() is None
 
     def again(x: Tensor) -> Tensor:
         return checkpoint(encoder, x, use_reentrant=False, context_fn=lambda: (_nothing(), frozen_statistics(encoder)))
@@ -177,9 +169,8 @@ def check_all() -> None:
     stem_launch.TILES.update({name: stem_launch.Tiles(16, 2, lines=2) for name in stem_launch.TILES})
     whole_stem_equals_the_plain_modules(torch.ops.abmilx)
     given_statistics_are_constants(torch.ops.abmilx)
-    norm_and_pool_have_the_gradient_of_the_plain_modules(torch.ops.abmilx)
-    ties_go_to_the_first_maximum(torch.ops.abmilx)
-    what_is_not_a_number_stays_visible(torch.ops.abmilx)
+    ties_go_to_the_first_maximum()
+    what_is_not_a_number_stays_visible()
     stem_launch.TILES.update({name: stem_launch.Tiles(64, 2, lines=8) for name in stem_launch.TILES})
     module_switches_between_fused_and_plain()
 
@@ -199,7 +190,7 @@ def test_kernels_and_gradients_equal_the_plain_modules() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [224, 96, 50])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_encoder_on_the_gpu_has_the_values_and_gradients_of_the_plain_one(
@@ -216,13 +207,13 @@ def test_encoder_on_the_gpu_has_the_values_and_gradients_of_the_plain_one(
         encoder.compile()
 
     def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
-        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32 and x.dtype != torch.float64):
+        with torch.autocast("cuda", dtype, enabled=x.dtype != torch.float64):
             y = model(x)
         y.double().square().mean().backward()
         model.eval()
         with (
             torch.no_grad(),
-            torch.autocast("cuda", dtype, enabled=dtype != torch.float32 and x.dtype != torch.float64),
+            torch.autocast("cuda", dtype, enabled=x.dtype != torch.float64),
         ):
             return [y.detach(), *(p.grad for p in model.parameters()), *model.buffers(), model(x)]
 
