@@ -136,12 +136,12 @@ def _seconds(setup: Setup, fold: Fold, rates: Rates, processes: Processes) -> fl
     config, data, world = setup.config, setup.config.data, processes.world
     workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
     train_rate = min(rates.train, rates.read * max(data.num_workers, 1)) * world
-    eval_rate = min(rates.evaluate, rates.read * max(workers, 1)) * world
+    models = len(EVALUATED[config.eval.test_type])  # they share what is read
+    eval_rate = min(rates.evaluate / models, rates.read * max(workers, 1)) * world
     limit = 0 if data.sel_type == "ema" else bag_limit(data)
     trained = sum(min(_count(setup, s), limit or sys.maxsize) for s in fold.train)
     val, test = (sum(_count(setup, s) for s in samples) for samples in (fold.val, fold.test))
     evaluated = config.train.num_epoch * (val + (test if config.eval.always_test else 0)) + test
-    evaluated *= len(EVALUATED[config.eval.test_type])
     return config.train.num_epoch * trained / train_rate + evaluated / eval_rate
 
 
