@@ -1,8 +1,6 @@
 """Time and memory of A+ and of the whole DAttentionX on a CUDA device, and their values against float64.
 
-    python benchmarks/abmilx_memory.py [check] [check_model] [tiles] [kernels] [widths] [lengths] [model]
-
-Without a name all parts run. ``tiles`` comes first where it is named: the parts behind it use the tiles it finds.
+    python benchmarks/abmilx_memory.py [check] [check_model] [tiles] [kernels] [lengths] [model]    (all by default)
 
 Without a GPU it compares the whole head with the published N x N form on the CPU, in float32. The bags are
 random features of width 1024, 8 heads of 64, as in docs/decisions/abmilx-attention-kernel.md.
@@ -10,7 +8,6 @@ random features of width 1024, 8 heads of 64, as in docs/decisions/abmilx-attent
 
 from __future__ import annotations
 
-import math
 import pathlib
 import statistics
 import sys
@@ -68,56 +65,45 @@ def random_qkv(shape: tuple[int, ...], dtype: torch.dtype, wide: bool = False) -
     return (qk.transpose(2, 3) if wide else qk), torch.randn(bags, heads, count, device="cuda")
 
 
-# Shape (B, N, m, d), type, masked, kernel, and a factor on Q and K that makes the attention sharper.
-CHECKS = [
-    ((1, 3000, 8, 64), torch.bfloat16, False, "torch", 1.0),
-    ((1, 3000, 8, 64), torch.bfloat16, False, "flash", 1.0),
-    ((1, 3000, 8, 64), torch.bfloat16, False, "torch", 4.0),
-    ((1, 3000, 8, 64), torch.bfloat16, False, "flash", 4.0),
-    ((1, 3000, 8, 64), torch.bfloat16, False, "torch", 12.0),
-    ((1, 3000, 8, 64), torch.bfloat16, False, "flash", 12.0),
-    ((2, 2999, 8, 64), torch.bfloat16, True, "torch", 1.0),
-    ((2, 2999, 8, 64), torch.float16, True, "torch", 1.0),
-    ((3, 517, 4, 32), torch.float16, False, "torch", 1.0),
-    ((3, 517, 4, 32), torch.bfloat16, True, "torch", 1.0),
-    ((2, 1030, 2, 128), torch.bfloat16, False, "torch", 1.0),
-    ((2, 1030, 2, 128), torch.bfloat16, True, "torch", 1.0),
-    ((2, 300, 2, 16), torch.bfloat16, True, "torch", 1.0),
-    ((2, 90, 3, 12), torch.float16, False, "torch", 1.0),
-    ((1, 700, 1, 512), torch.bfloat16, True, "torch", 1.0),
-    ((1, 700, 2, 64), torch.float32, True, "memo_effi", 1.0),
-]
-
-
 def check() -> None:
-    print("\n# relative error against float64: evaluation, training, gradient of Q, of K, of V")
-    with ThreadPoolExecutor(12) as pool:  # compiles ours side by side; torch's are chosen by global switches
-        list(pool.map(check_one, (case for case in CHECKS if case[3] == "torch" and case[0][-1] <= max(own.PLANS))))
-    for case in CHECKS:
-        found = check_one(case)
-        shape, dtype, masked, kernel, sharp = case
-        label = f"{shape} {str(dtype)[6:]} {'masked' if masked else '-'} {kernel} x {sharp:g}:"
-        print(label, *(f"{e:.1e}" for e in found), flush=True)
+    print("\n# relative error against float64: forward, gradient of Q and K, gradient of V")
+    shapes = [
+        (1, 3000, 8, 64),
+        (3, 517, 4, 32),
+        (2, 1030, 2, 128),
+        (2, 300, 2, 16),
+        (1, 700, 1, 512),
+        (2, 90, 3, 12),
+    ]
+    for shape in shapes:
+        for dtype in (*HALF, torch.float32):
+            for masked in (False, True):
+                for kernel in ("torch", "flash", "memo_effi"):
+                    errors = check_one(shape, dtype, masked, kernel)
+                    print(
+                        shape,
+                        str(dtype)[6:],
+                        "masked" if masked else "-",
+                        kernel,
+                        *(f"{e:.1e}" for e in errors),
+                    )
 
 
-def check_one(case: tuple[tuple[int, ...], torch.dtype, bool, str, float]) -> list[float]:
-    shape, dtype, masked, kernel, sharp = case
+def check_one(shape: tuple[int, ...], dtype: torch.dtype, masked: bool, kernel: str) -> list[float]:
     qk, v = random_qkv(shape, dtype, wide=shape[0] == 3)
-    qk *= sharp
     mask = torch.rand(shape[:2], device="cuda") > 0.4 if masked else None
     if mask is not None:
         mask[:, :256], mask[:, -2:] = False, True
-    grad, scale = torch.randn_like(v), shape[-1] ** -0.5
+    grad = torch.randn_like(v)
     results = []
     for form, kind in ((kernel, dtype), ("math", torch.float64)):
-        a = qk.detach().to(kind).requires_grad_()
-        b = v.detach().to(torch.float64 if form == "math" else v.dtype).requires_grad_()
-        plain = abmilx.propagate(a.detach(), b.detach(), mask, scale, form)
-        out = abmilx.propagate(a, b, mask, scale, form)
+        a, b = (
+            qk.detach().to(kind).requires_grad_(),
+            v.detach().to(torch.float64 if form == "math" else v.dtype).requires_grad_(),
+        )
+        out = abmilx.propagate(a, b, mask, shape[-1] ** -0.5, form)
         out.backward(grad.to(out.dtype))
-        assert a.grad is not None
-        assert b.grad is not None
-        results.append((plain, out.detach(), *a.grad.unbind(3), b.grad))
+        results.append((out.detach(), a.grad, b.grad))
     return [relative(x, y) for x, y in zip(*results, strict=True)]
 
 
@@ -138,70 +124,59 @@ def check_model() -> None:
         print(name, *(f"{d:.1e}" for d in differences))
 
 
-# By head width and kernel: query rows, key columns, warps, stages, and registers per thread at most (0: no limit).
+# The tile of a kernel's own rows or columns, the tile of what it loops over, warps, stages.
 CANDIDATES = {
-    64: {
-        "training": "64,64,4,3,168 64,32,4,3,168 64,64,4,4,168 64,64,4,3,0 64,64,4,2,168",
-        "backward": "64,128,4,3,0 128,64,4,3,0 128,64,4,2,0 64,64,4,3,168",
-        "evaluation": "64,128,4,2,128 64,128,4,2,0 64,64,4,3,0 64,64,4,4,0 64,64,4,3,96",
-    },
-    32: {
-        "training": "64,64,4,3,128 128,64,4,3,0 64,128,4,3,0 64,64,4,3,0",
-        "backward": "128,64,4,3,0 64,128,4,3,0",
-        "evaluation": "64,128,4,2,0 64,128,4,3,0 64,64,4,3,0",
-    },
-    128: {
-        "training": "64,32,4,3,0 64,64,4,3,0 64,64,4,2,0 64,32,4,4,0",
-        "backward": "64,64,4,3,0 64,64,4,4,0",
-        "evaluation": "128,64,8,3,0 64,64,4,3,0 64,128,4,2,0",
-    },
+    "forward": "64,128,4,2 64,128,4,3 128,64,4,3 64,64,4,3 128,64,8,3 64,64,8,2 64,256,4,2 64,128,4,4 64,64,4,2",
+    "queries": "128,64,4,3 128,32,4,3 64,64,4,3 64,128,4,3 64,32,4,3 64,64,8,2 128,64,4,4 128,32,4,4 64,64,4,2",
+    "keys": "64,128,4,3 128,64,4,2 128,32,4,3 64,32,4,3 64,64,4,3 64,64,8,2 128,32,4,4 128,64,8,3 128,32,8,3"
+    " 128,16,4,4 64,32,4,2 64,16,4,4",
 }
 
 
 def tiles() -> None:
     """Times the candidates and uses the fastest in what runs behind this."""
     count = 20_000
-    print(f"\n# tiles (rows, cols, warps, stages, registers) at N = {count}: ms")
-    works = {
-        (width, name, tile): one_kernel(name, tile, (count, 512 // width if width > 32 else 8, width))
-        for width, kernels in CANDIDATES.items()
-        for name, listed in kernels.items()
-        for tile in map(_tiles, listed.split())
-    }
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(14) as pool:  # compiles them side by side
-        usable = dict(zip(works, pool.map(runs, works.values()), strict=True))
-    print(f"{len(works)} kernels compiled in {time.perf_counter() - begin:.0f} s")
-    for width, kernels in CANDIDATES.items():
+    print(f"\n# tiles (rows, cols, warps, stages) at N = {count}: ms")
+    for heads, width in ((8, 64), (8, 32), (4, 128), (2, 256)):
+        qk, v = random_qkv((1, count, heads, width), torch.bfloat16)
+        inputs = (qk, v, torch.randn_like(v), width**-0.5)
+        outputs = own.forward(qk, v, None, width**-0.5, own.Tiles(64, 64, 4, 2))
         best = {}
-        for name in kernels:
-            mine = [key for key in works if key[:2] == (width, name) and usable[key]]
-            ranked = sorted(((milliseconds(works[key], 60.0), key) for key in mine), key=lambda pair: pair[0])
-            best[name] = ranked[0][1][2]
-            print(f"heads of {width}, {name}", *(f"{ms:.2f} {_short(key[2])}" for ms, key in ranked), sep="\n    ")
+        for name, listed in CANDIDATES.items():
+            sizes = [tuple(map(int, t.split(","))) for t in listed.split()][: None if width == 64 else 6]
+            chosen = [own.Tiles(*((b, a) if name == "keys" else (a, b)), *rest) for a, b, *rest in sizes]
+            works = [one_kernel(name, tile, inputs, outputs) for tile in chosen]
+            with ThreadPoolExecutor(12) as pool:  # compiles them side by side
+                usable = list(pool.map(runs, works))
+            times = [milliseconds(w, 60.0) if good else float("inf") for w, good in zip(works, usable, strict=True)]
+            ranked = sorted(zip(times, chosen, strict=True), key=lambda pair: pair[0])
+            best[name] = ranked[0][1]
+            print(
+                f"{heads} x {width} {name}",
+                *(f"{t:.2f} {tile}" for t, tile in ranked[:4]),
+                sep="\n    ",
+                flush=True,
+            )
         own.PLANS[width] = own.Plan(**best)
-        sys.stdout.flush()
+        print(f"{heads} x {width} flash forward + backward:", wide_heads(heads, width))
 
 
-def _tiles(text: str) -> own.Tiles:
-    rows, cols, warps, stages, registers = map(int, text.split(","))
-    return own.Tiles(rows, cols, warps, stages, registers or None)
+def wide_heads(heads: int, width: int) -> str:
+    """The best library kernels at other widths, for comparison."""
+    shape = (1, 20_000, heads, width)
+    names = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    return ", ".join(f"{name} {one_form(library(b, width), shape, False)}" for name, b in names.items())
 
 
-def _short(tile: own.Tiles) -> str:
-    return f"{tile.rows},{tile.cols},{tile.warps},{tile.stages},{tile.registers or 0}"
-
-
-def one_kernel(name: str, tile: own.Tiles, sizes: tuple[int, int, int]) -> Callable[[], object]:
-    count, heads, width = sizes
-    qk, v = random_qkv((1, count, heads, width), torch.bfloat16)
-    scale = width**-0.5
-    if name == "evaluation":
+def one_kernel(
+    name: str, tile: own.Tiles, inputs: tuple[Tensor, Tensor, Tensor, float], outputs: tuple[Tensor, Tensor]
+) -> Callable[[], object]:
+    qk, v, grad, scale = inputs
+    if name == "forward":
         return lambda: own.forward(qk, v, None, scale, tile)
-    if name == "training":
-        return lambda: own.forward_slopes(qk, v, None, scale, tile)
-    outputs = v, torch.full_like(v, math.log2(count)), qk[:, :, :, 0].contiguous()
-    return lambda: own.backward(v, (qk, v, None), outputs, scale, tile)
+    launch = own.launch_queries if name == "queries" else own.launch_keys
+    results = (torch.empty_like(qk), torch.empty_like(v))
+    return lambda: launch(grad, (qk, v, None), outputs, results, (scale, tile))
 
 
 def runs(work: Callable[[], object]) -> bool:
@@ -226,66 +201,50 @@ def library(backend: SDPBackend, padded: int) -> Callable[[Tensor, Tensor, Tenso
 
 
 def triton_kernel(qk: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    operator = own.attention_plus_training if torch.is_grad_enabled() else own.attention_plus
-    return operator(qk, v, mask, qk.shape[-1] ** -0.5)[0]
+    return own.attention_plus(qk, v, mask, qk.shape[-1] ** -0.5)[0]
 
 
 def kernels() -> None:
     print("\n# A+ alone, bf16, 8 heads of 64: ms forward, ms forward + backward, GiB of the latter")
-    for count, masked in ((20_000, False), (100_000, False), (20_000, True), (2_000, False)):
-        for name, attend in forms(masked, WIDTH).items():
-            label = f"{count} {'masked' if masked else '-'} {name}:"
-            print(label, one_form(attend, (1, count, HEADS, WIDTH), masked), flush=True)
-    for sharp in (3, 12):
-        label = f"20000 - ours, Q and K x {sharp}:"
-        print(label, one_form(triton_kernel, (1, 20_000, HEADS, WIDTH), False, sharp), flush=True)
-
-
-def widths() -> None:
-    print("\n# A+ alone, bf16, other widths, N = 20,000: ms forward, ms forward + backward, GiB of the latter")
-    for heads, width in ((8, 32), (4, 128)):
-        for masked in (False, True):
-            for name, attend in forms(masked, width).items():
-                label = f"{heads} x {width} {'masked' if masked else '-'} {name}:"
-                print(label, one_form(attend, (1, 20_000, heads, width), masked), flush=True)
+    for count, masked in ((2_000, False), (20_000, False), (20_000, True), (100_000, False)):
+        for name, attend in forms(masked).items():
+            print(count, "masked" if masked else "-", name, one_form(attend, (1, count, HEADS, WIDTH), masked))
 
 
 def lengths() -> None:
     """Bags differ in N, and a library may prepare something for every N that it has not met."""
     print("\n# every bag of another N (8 heads of 64, bf16): ms forward + backward by the clock, median of 8 new N")
-    chosen = {name: forms(False, WIDTH)[name] for name in ("ours", "cudnn, V of 8", "flash, V as wide")}
+    chosen = {name: forms(False)[name] for name in ("triton", "cudnn, V of 8", "flash, V of 64")}
     for around in (2_000, 20_000):
         for name, attend in chosen.items():
-            times = []
-            for step in range(12):
-                qk, v = random_qkv((1, around + 37 * step + 1, HEADS, WIDTH), torch.bfloat16)
-                torch.cuda.synchronize()
-                begin = time.perf_counter()
-                attend(qk.requires_grad_(), v.requires_grad_(), None).sum().backward()
-                torch.cuda.synchronize()
-                times.append(1000 * (time.perf_counter() - begin))
-            print(
-                f"about {around} {name}: {statistics.median(times[4:]):.2f} ms, at most {max(times[4:]):.2f}",
-                flush=True,
-            )
+            print(f"about {around} {name}: {new_lengths(attend, around):.2f} ms", flush=True)
 
 
-def forms(masked: bool, width: int) -> dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
+def new_lengths(attend: Callable[[Tensor, Tensor, Tensor | None], Tensor], around: int) -> float:
+    """Median milliseconds of bags, each of an N that was not there before; the first four do not count."""
+    times = []
+    for step in range(12):
+        qk, v = random_qkv((1, around + 37 * step + 1, HEADS, WIDTH), torch.bfloat16)
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        attend(qk.requires_grad_(), v.requires_grad_(), None).sum().backward()
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - begin))
+    return statistics.median(times[4:])
+
+
+def forms(masked: bool) -> dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]]:
     found = {
-        "ours": triton_kernel,
+        "triton": triton_kernel,
+        "efficient, V of 8": library(SDPBackend.EFFICIENT_ATTENTION, 8),
+        "cudnn, V of 64": library(SDPBackend.CUDNN_ATTENTION, WIDTH),
         "cudnn, V of 8": library(SDPBackend.CUDNN_ATTENTION, 8),
-        "cudnn, V as wide": library(SDPBackend.CUDNN_ATTENTION, width),
     }
-    if masked:
-        return found | {"efficient, V of 8": library(SDPBackend.EFFICIENT_ATTENTION, 8)}
-    return found | {"flash, V as wide": library(SDPBackend.FLASH_ATTENTION, width)}
+    return found if masked else found | {"flash, V of 64": library(SDPBackend.FLASH_ATTENTION, WIDTH)}
 
 
-def one_form(
-    attend: Callable[[Tensor, Tensor, Tensor | None], Tensor], shape: tuple[int, ...], masked: bool, sharp: float = 1.0
-) -> str:
+def one_form(attend: Callable[[Tensor, Tensor, Tensor | None], Tensor], shape: tuple[int, ...], masked: bool) -> str:
     qk, v = random_qkv(shape, torch.bfloat16)
-    qk *= sharp
     mask = torch.rand(shape[:2], device="cuda") > 0.1 if masked else None
     grad = torch.randn_like(v)
 
@@ -379,7 +338,7 @@ def main() -> None:
         cpu()
         return
     print(torch.cuda.get_device_name(), torch.__version__)
-    named = (tiles, check, check_model, kernels, widths, lengths, model)
+    named = (check, check_model, tiles, kernels, lengths, model)
     parts = {part.__name__: part for part in named}
     for name in sys.argv[1:] or parts:
         parts[name]()

@@ -37,8 +37,10 @@ KERNELS = ("torch", "flash", "memo_effi", "math", "torch_math")
 _FUSED_ALIGNMENT = 8  # fused CUDA kernels read head widths in multiples of eight numbers
 _FLASH_WIDEST = 256  # the widest head of the flash kernel
 _HALF = (torch.float16, torch.bfloat16)
-# Not cuDNN's: it prepares itself for every N that it has not met, which takes longer than the attention.
-_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_BACKENDS = {
+    "flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION],
+    "memo_effi": [SDPBackend.EFFICIENT_ATTENTION],
+}
 
 
 def propagate(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: str = "torch") -> Tensor:
@@ -57,10 +59,9 @@ def propagate(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, kernel: 
     if kernel == "torch" and qk.is_cuda and qk.dtype in _HALF and (widest := _own_kernel_width()):
         width = max(16, 1 << (qk.shape[-1] - 1).bit_length())
         if width <= widest:
-            training = torch.is_grad_enabled() and (qk.requires_grad or v.requires_grad)
-            operator = torch.ops.abmilx.attention_plus_training if training else torch.ops.abmilx.attention_plus
-            return operator(_widen(qk, width), v.float().contiguous(), mask, scale)[0]
-    q, k = qk.transpose(1, 2).unbind(3)
+            mask = None if mask is None else mask.contiguous()
+            return torch.ops.abmilx.attention_plus(_widen(qk, width), v.float().contiguous(), mask, scale)[0]
+    q, k = (t.transpose(1, 2) for t in qk.unbind(3))
     keys = None if mask is None else mask[:, None, None, :]
     attend = _plain if kernel in ("math", "torch_math") else _fused
     out = attend((q, k, v.unsqueeze(-1).to(q.dtype)), keys, scale, kernel)
@@ -100,15 +101,15 @@ def _fused(qkv: tuple[Tensor, Tensor, Tensor], keys: Tensor | None, scale: float
     q, k, v = qkv
     width = q.shape[-1]
     if q.is_cuda:
-        width += -width % _FUSED_ALIGNMENT
+        width = -(-width // _FUSED_ALIGNMENT) * _FUSED_ALIGNMENT
         q, k = _widen(q, width), _widen(k, width)
         # Flash wants V as wide as Q, half precision and no mask; the memory-efficient kernel does not.
         flash = q.dtype in _HALF and keys is None and width <= _FLASH_WIDEST and kernel != "memo_effi"
         width = width if flash else _FUSED_ALIGNMENT
     v = _widen(v, width)
-    if not q.is_cuda or (kernel == "torch" and torch.compiler.is_compiling()):
+    if kernel == "torch" or not q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale)
-    with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION] if kernel == "memo_effi" else _BACKENDS):
+    with sdpa_kernel(_BACKENDS[kernel]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=keys, scale=scale)
 
 

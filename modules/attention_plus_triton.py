@@ -18,37 +18,36 @@ import torch
 import triton
 from torch import Tensor
 
-from modules.attention_plus_kernels import backward_all, forward_all
+from modules.attention_plus_kernels import backward_keys, backward_queries, forward_all
 
 LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A kernel's tiles: query rows, key columns; its warps, loads in flight, and registers per thread at most."""
+    """Sizes of a kernel's tiles: query rows, key columns, warps, and loads in flight."""
 
     rows: int
     cols: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of the kernels at one head width: forward pass in evaluation, in training, and backward pass."""
+    """The tiles of the three kernels at one head width."""
 
-    evaluation: Tiles
-    training: Tiles
-    backward: Tiles
+    forward: Tiles
+    queries: Tiles
+    keys: Tiles
 
 
-_NARROW = Plan(Tiles(64, 128, 4, 2), Tiles(64, 64, 4, 3, 128), Tiles(128, 64, 4, 3))
+_NARROW = Plan(Tiles(64, 128, 4, 3), Tiles(64, 128, 4, 3), Tiles(128, 64, 4, 3))
 PLANS = {
     16: _NARROW,
     32: _NARROW,
-    64: Plan(Tiles(64, 128, 4, 2, 128), Tiles(64, 64, 4, 3, 168), Tiles(64, 128, 4, 3)),
-    128: Plan(Tiles(128, 64, 8, 3), Tiles(64, 32, 4, 3), Tiles(64, 64, 4, 3)),
+    64: Plan(Tiles(64, 128, 4, 2), Tiles(128, 64, 4, 3), Tiles(128, 64, 4, 3)),
+    128: Plan(Tiles(128, 64, 8, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)),
 }
 """Fastest tiles by head width d, measured on an H100; the widths are those that the kernels take."""
 
@@ -60,12 +59,12 @@ PLANS = {
     schema="(Tensor qk, Tensor v, Tensor? mask, float scale) -> (Tensor, Tensor)",
 )
 def attention_plus(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """``softmax_rows(q k^T * scale) v`` and the base-2 logarithm of the softmax's row sums; no gradients.
+    """``softmax_rows(q k^T * scale) v`` and the base-2 logarithm of the softmax's row sums.
 
     Args:
         qk: (B, N, m, 2, d) float16 or bfloat16, Q at index 0 and K at index 1; any strides but the last.
         v: (B, m, N) float32, contiguous.
-        mask: (B, N) bool, True where there is a key, or None.
+        mask: (B, N) bool, contiguous, True where there is a key, or None.
         scale: factor on q k^T, positive.
 
     Returns:
@@ -80,125 +79,99 @@ def _(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor,
 
 
 @torch.library.custom_op(
-    "abmilx::attention_plus_training",
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor qk, Tensor v, Tensor? mask, float scale) -> (Tensor, Tensor, Tensor)",
-)
-def attention_plus_training(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """``attention_plus`` with gradients; also returns the slopes, the derivatives of the output in Q (B, N, m, d)."""
-    return forward_slopes(qk, v, mask, scale)
-
-
-@attention_plus_training.register_fake
-def _(qk: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(v), torch.empty_like(v), _empty_slopes(qk)
-
-
-@torch.library.custom_op(
     "abmilx::attention_plus_backward",
     mutates_args=(),
     device_types="cuda",
-    schema="(Tensor grad, Tensor qk, Tensor v, Tensor? mask, Tensor out, Tensor lse, Tensor slopes, float scale)"
-    " -> (Tensor, Tensor)",
+    schema="(Tensor grad, Tensor qk, Tensor v, Tensor? mask, Tensor out, Tensor lse, float scale) -> (Tensor, Tensor)",
 )
 def attention_plus_backward(
-    grad: Tensor, qk: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, slopes: Tensor, scale: float
+    grad: Tensor, qk: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in ``qk`` and ``v``, from that in the first output of ``attention_plus_training``."""
-    return backward(grad, (qk, v, mask), (out, lse, slopes), scale)
+    """Gradients of ``attention_plus`` in ``qk`` and ``v``, from that in its first output."""
+    return backward(grad, (qk, v, mask), (out, lse), scale)
 
 
 @attention_plus_backward.register_fake
 def _(
-    grad: Tensor, qk: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, slopes: Tensor, scale: float
+    grad: Tensor, qk: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(qk), torch.empty_like(v)
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     qk, v, mask, ctx.scale = inputs
-    ctx.set_materialize_grads(False)  # else lse and the slopes, which nobody uses, get gradients of zeros in memory
     ctx.save_for_backward(qk, v, mask, *output)
 
 
-def _differentiate(ctx, grad, *_):  # type: ignore[no-untyped-def]
-    if grad is None:  # the output took no part in what is differentiated
-        return None, None, None, None
-    return *attention_plus_backward(grad.contiguous(), *ctx.saved_tensors, ctx.scale), None, None
+def _differentiate(ctx, grad, _):  # type: ignore[no-untyped-def]
+    qk, v, mask, out, lse = ctx.saved_tensors
+    return *attention_plus_backward(grad.contiguous(), qk, v, mask, out, lse, ctx.scale), None, None
 
 
-attention_plus_training.register_autograd(_differentiate, setup_context=_save)
+attention_plus.register_autograd(_differentiate, setup_context=_save)
 
 
 def forward(
     qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``attention_plus``, with a choice of tiles."""
+    """``attention_plus`` without autograd, with a choice of tiles."""
+    tiles = tiles or PLANS[qk.shape[-1]].forward
     out, lse = torch.empty_like(v), torch.empty_like(v)
-    _launch_forward((qk, v, mask), (v, out, lse, v), scale, tiles or PLANS[qk.shape[-1]].evaluation)
+    with torch.cuda.device_of(qk):
+        forward_all[_grid(qk, tiles.rows)](
+            *(qk, v, v if mask is None else mask, out, lse),
+            *(scale * LOG2_E, *_sizes(qk)),
+            **_constants(qk, mask, tiles),
+        )
     return out, lse
 
 
-def forward_slopes(
-    qk: Tensor, v: Tensor, mask: Tensor | None, scale: float, tiles: Tiles | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``attention_plus_training`` without autograd, with a choice of tiles."""
-    out, lse, slopes = torch.empty_like(v), torch.empty_like(v), _empty_slopes(qk)
-    centre = v.mean(dim=-1)
-    results = centre, out, lse, slopes
-    tiles = tiles or PLANS[qk.shape[-1]].training
-    _launch_forward((qk, v - centre.unsqueeze(-1), mask), results, scale, tiles, train=True)
-    return out, lse, slopes
-
-
 def backward(
-    grad: Tensor,
-    inputs: tuple[Tensor, Tensor, Tensor | None],
-    outputs: tuple[Tensor, Tensor, Tensor],
-    scale: float,
-    tiles: Tiles | None = None,
+    grad: Tensor, inputs: tuple[Tensor, Tensor, Tensor | None], outputs: tuple[Tensor, Tensor], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients in qk and v, from ``grad`` in the first of the ``outputs`` of ``forward_slopes``."""
-    qk, v, mask = inputs
-    out, lse, slopes = outputs
-    results = torch.empty_like(qk), torch.empty_like(v)
-    tiles = tiles or PLANS[qk.shape[-1]].backward
-    with torch.cuda.device_of(qk):
-        backward_all[_grid(qk, tiles.cols)](
-            *(qk, v, _pointer(mask, v), grad, grad * out, lse, slopes, *results),
-            *(scale, scale * LOG2_E, *_sizes(qk), *_sizes(results[0])[2:]),
-            **_constants(qk, mask, tiles),
-        )
+    """Gradients in qk and v, from ``grad`` in the first of the ``outputs`` of ``forward``."""
+    results = torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
+    plan = PLANS[inputs[0].shape[-1]]
+    launch_queries(grad, inputs, outputs, results, (scale, plan.queries))
+    launch_keys(grad, inputs, outputs, results, (scale, plan.keys))
     return results
 
 
-def _launch_forward(
+def launch_queries(
+    grad: Tensor,
     inputs: tuple[Tensor, Tensor, Tensor | None],
-    results: tuple[Tensor, ...],
-    scale: float,
-    tiles: Tiles,
-    train: bool = False,
+    outputs: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+    options: tuple[float, Tiles],
 ) -> None:
+    """Writes the gradient of Q into ``results[0]``."""
     qk, v, mask = inputs
+    scale, tiles = options
     with torch.cuda.device_of(qk):
-        forward_all[_grid(qk, tiles.rows)](
-            *(qk, v, _pointer(mask, v), *results),
-            *(scale, scale * LOG2_E, *_sizes(qk)),
-            TRAIN=train,
+        backward_queries[_grid(qk, tiles.rows)](
+            *(qk, v, v if mask is None else mask, grad, *outputs, results[0]),
+            *(scale, scale * LOG2_E, *_sizes(qk), *_sizes(results[0])[2:]),
             **_constants(qk, mask, tiles),
         )
 
 
-def _empty_slopes(qk: Tensor) -> Tensor:
-    """Half precision in bfloat16: a slope is a mean over N keys, and may be too small for float16."""
-    kind = torch.float32 if qk.dtype == torch.float32 else torch.bfloat16
-    return qk.new_empty((*qk.shape[:3], qk.shape[-1]), dtype=kind)
-
-
-def _pointer(mask: Tensor | None, unread: Tensor) -> Tensor:
-    """What a kernel gets for the mask; without one it reads nothing there."""
-    return unread if mask is None else mask.contiguous()
+def launch_keys(
+    grad: Tensor,
+    inputs: tuple[Tensor, Tensor, Tensor | None],
+    outputs: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor],
+    options: tuple[float, Tiles],
+) -> None:
+    """Writes the gradients of K into ``results[0]`` and of V into ``results[1]``."""
+    qk, v, mask = inputs
+    out, lse = outputs
+    scale, tiles = options
+    with torch.cuda.device_of(qk):
+        backward_keys[_grid(qk, tiles.cols)](
+            *(qk, v, v if mask is None else mask, grad, grad * out, lse, *results),
+            *(scale, scale * LOG2_E, *_sizes(qk), *_sizes(results[0])[2:]),
+            **_constants(qk, mask, tiles),
+        )
 
 
 def _grid(qk: Tensor, tile: int) -> tuple[int, int]:
@@ -213,6 +186,6 @@ def _sizes(qk: Tensor) -> tuple[int, ...]:
     return qk.shape[1], qk.shape[2], *qk.stride()[:4]
 
 
-def _constants(qk: Tensor, mask: Tensor | None, tiles: Tiles) -> dict[str, int | None]:
+def _constants(qk: Tensor, mask: Tensor | None, tiles: Tiles) -> dict[str, int]:
     shape = {"D": qk.shape[-1], "ROWS": tiles.rows, "COLS": tiles.cols, "MASKED": mask is not None}
-    return shape | {"num_warps": tiles.warps, "num_stages": tiles.stages, "maxnreg": tiles.registers}
+    return shape | {"num_warps": tiles.warps, "num_stages": tiles.stages}

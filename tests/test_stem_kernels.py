@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interpreted import mend_interpreter, run_interpreted
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-ROOT = Path(__file__).parents[1]
 SIZES = ((14, 14), (10, 12), (7, 9), (1, 3))
 LAST = torch.channels_last
 
@@ -159,9 +155,6 @@ def _nothing():  # type: ignore[no-untyped-def]
 
 
 def check_all() -> None:
-    sys.path.insert(0, str(ROOT / "tests"))
-    from test_abmilx_kernels import mend_interpreter
-
     mend_interpreter()
     from modules import stem_launch, stem_triton  # noqa: F401  # the latter registers the operators
 
@@ -176,16 +169,7 @@ def check_all() -> None:
 
 
 def test_kernels_and_gradients_equal_the_plain_modules() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    # The variable is read when a kernel is defined, so an interpreter of its own.
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    run_interpreted(__file__)
 
 
 @pytest.mark.gpu

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import pathlib
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
+from interpreted import mend_interpreter, run_interpreted
 
 from datasets.views import Renderer, ViewPlan, whole_patch
 
-ROOT = pathlib.Path(__file__).parents[1]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 SIZES = ((32, 28), (32, 9), (20, 28), (24, 24))
 
@@ -48,21 +43,9 @@ def test_the_kernel_on_the_gpu_equals_the_products(dtype: torch.dtype) -> None:
 
 
 def test_the_kernel_equals_the_products() -> None:
-    pytest.importorskip("triton", reason="Triton is not installed")
-    # The variable is read when a kernel is defined, so an interpreter of its own.
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_interpreted(__file__)
 
 
 if __name__ == "__main__":
-    from test_abmilx_kernels import mend_interpreter
-
     mend_interpreter()
     compare_all("cpu")
