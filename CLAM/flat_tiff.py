@@ -18,9 +18,9 @@ import numpy as np
 import tifffile
 from PIL import Image
 from pixel_rows import Layout, PixelRows
+from slide import Box, Pixels, RegionError, Slide, boxes, region_message
 from slide_image import BAND_PX, WHOLE_PX
 from slide_scale import openslide_mpp
-from slides import Box, Pixels, RegionError, Slide, boxes, region_message
 from spooled import temporary_room
 
 from utils.errors import UserError

@@ -12,7 +12,7 @@ import cv2
 import openslide
 from magnification import Optics, Plan, Request
 from params import SlideParams
-from slides import Slide
+from slide import Slide
 
 from utils.errors import UserError
 

@@ -15,7 +15,8 @@ from magnification import Plan, plan
 from params import SlideParams
 from pictures import draw_mask, draw_stitch, save_jpeg
 from regions import find_own_mask, read_own_regions, write_geojson
-from slides import Slide, open_slide
+from slide import Slide
+from slides import open_slide
 from tissue import Scan, Tissue, find_tissue, scan_level
 
 from utils.errors import UserError

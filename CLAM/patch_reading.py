@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from patch_resize import resize
 from patch_tiles import JpegTiles, Pixels, TileError
-from slides import RegionError, Slide, open_slide
+from slide import RegionError, Slide
+from slides import open_slide
 
 from datasets import jpeg
 

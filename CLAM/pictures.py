@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 from grid import Region
-from slides import Pixels
+from slide import Pixels
 
 from datasets import jpeg
 from utils.files import atomic_path

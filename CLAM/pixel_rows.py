@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from slides import Pixels
+from slide import Pixels
 
 
 class Layout(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 from image_probe import damage, held_bytes, png_depth
 from PIL import Image
 from pixel_rows import ORDERS, Layout, PixelRows
-from slides import Box, Pixels, RegionError, Slide, boxes, region_message
+from slide import Box, Pixels, RegionError, Slide, boxes, region_message
 from spooled import spool
 
 from utils.errors import UserError

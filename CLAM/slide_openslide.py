@@ -11,8 +11,8 @@ import numpy as np
 import openslide
 from patch_tiles import JpegTiles, TileError
 from PIL import Image
+from slide import Block, Pixels, RegionError, Slide, region_message
 from slide_scale import openslide_mpp, positive
-from slides import Block, Pixels, RegionError, Slide, region_message
 
 WHOLE_LEVEL_PX = 60_000_000
 """Levels up to here are read by one call where tiles cannot be read directly: 240 MB of RGBA."""

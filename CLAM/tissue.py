@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from grid import Region
 from params import SlideParams, contour_ids
-from slides import Pixels, Slide
+from slide import Pixels, Slide
 
 from utils.errors import UserError
 

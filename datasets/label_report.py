@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def split_card(cohort: Cohort, fold: Fold, counts: Mapping[str, int] | None = None) -> str:
-    """A table with one line per split: patients, slides, patches, bags, classes or events, missing slides."""
+    """A table with one line per split: patients, slides, patches, bags, classes or events, missing slides.
+
+    Args:
+        cohort: what is learnt, and from which classes.
+        fold: one of its folds.
+        counts: slide name to its number of patches; without it the card says nothing about patches.
+    """
     header = ["split", "patients", "slides", *(["patches"] if counts is not None else []), "bags"]
     header += ["events", "censored"] if cohort.task == "survival" else []
     header += [*_target_columns(cohort), "missing"]

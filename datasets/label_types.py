@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from datasets.label_report import split_card
-
 TaskName = Literal["classification", "survival", "multilabel", "regression"]
 SPLITS = ("train", "val", "test")
 
@@ -84,12 +82,3 @@ class Cohort:
     def n_classes(self) -> int:
         """Number of classes or survival bins: the width of the model's output."""
         return len(self.class_names)
-
-    def card(self, fold: Fold, counts: Mapping[str, int] | None = None) -> str:
-        """The split card: patients, slides, patches, classes or events per split, missing slides.
-
-        Args:
-            fold: one of ``folds``.
-            counts: slide name to its number of patches; without it the card says nothing about patches.
-        """
-        return split_card(self, fold, counts)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from datasets.label_report import describe as describe_cohort
-from datasets.label_report import write_split
+from datasets.label_report import split_card, write_split
 from engine import task_builder
 from engine.agreement import check_processes, check_same_input
 from engine.bootstrap import bootstrap, summarise
@@ -164,7 +164,7 @@ def show_cohort(setup: Setup) -> None:
     for note in cohort.notes:
         log.info("%s", note)
     for fold in cohort.folds:
-        log.info("fold %d\n%s", fold.index, cohort.card(fold, setup.sources.slides))
+        log.info("fold %d\n%s", fold.index, split_card(cohort, fold, setup.sources.slides))
 
 
 def summary_of(setup: Setup, results: list[FoldResult], task: Task) -> dict[str, Any]:

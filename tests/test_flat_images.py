@@ -28,7 +28,8 @@ import slide_image  # noqa: E402
 import spooled  # noqa: E402
 from image_probe import damage, held_bytes  # noqa: E402
 from pixel_rows import ORDERS, Layout, PixelRows  # noqa: E402
-from slides import RegionError, open_slide  # noqa: E402
+from slide import RegionError  # noqa: E402
+from slides import open_slide  # noqa: E402
 
 from utils.errors import UserError  # noqa: E402
 

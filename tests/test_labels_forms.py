@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from datasets.label_report import split_card
 from datasets.labels import Cohort, LabelOptions, describe, fingerprint, load_cohort, write_split
 
 FOUR = "case,slide,label,fold\np1,a,IDC,train\np2,b,ILC,train\np3,c,IDC,val\np4,d,ILC,test\np5,e,IDC,test\n"
@@ -95,7 +96,7 @@ def test_folder_of_folds(tmp_path: Path) -> None:
 def test_repeated_rows_stay_repeated(tmp_path: Path) -> None:
     cohort = load(tmp_path, FOUR + "p2,b,ILC,train\np2,b,ILC,train\n", "abcde")
     assert targets(cohort) == [("a", 0), ("b", 1), ("b", 1), ("b", 1)]
-    assert "bags" in cohort.card(cohort.folds[0])
+    assert "bags" in split_card(cohort, cohort.folds[0])
     per_case = load(tmp_path, FOUR + "p2,b,ILC,train\np2,b,ILC,train\n", "abcde", bag="case")
     assert targets(per_case) == [("p1", 0), ("p2", 1), ("p2", 1), ("p2", 1)]
 
@@ -212,13 +213,13 @@ def test_drop_leaves_out_what_the_store_lacks_and_counts_it(tmp_path: Path) -> N
     assert [sample.id for sample in fold.test] == ["d"]
     assert fold.missing == {"train": (), "val": (), "test": ("e",)}
     assert any("'e'" in note and "left out" in note for note in cohort.notes)
-    assert cohort.card(fold).splitlines()[-1].split()[-1] == "1"
+    assert split_card(cohort, fold).splitlines()[-1].split()[-1] == "1"
 
 
 def test_card_counts_by_hand(tmp_path: Path) -> None:
     cohort = load(tmp_path, FOUR + "p1,a2,IDC,train\np2,b,ILC,train\n", ["a", "a2", "b", "c", "d", "e"])
     counts = {"a": 1, "a2": 10, "b": 100, "c": 1000, "d": 3, "e": 4}
-    lines = [line.split() for line in cohort.card(cohort.folds[0], counts).splitlines()[1:]]
+    lines = [line.split() for line in split_card(cohort, cohort.folds[0], counts).splitlines()[1:]]
     assert lines[0] == ["split", "patients", "slides", "patches", "bags", "IDC", "ILC", "missing"]
     assert lines[1] == ["train", "2", "3", "111", "4", "2", "2", "0"]
     assert lines[2] == ["val", "1", "1", "1000", "1", "1", "0", "0"]

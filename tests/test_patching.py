@@ -17,7 +17,7 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "CLAM"))
 
-import slides
+import slide as slide_module
 from batch import over_processes
 from create_patches_fp import main
 from params import SlideParams, find_preset, preset_names, read_preset
@@ -114,7 +114,7 @@ def test_no_patch_fits_is_said(source, tmp_path):
 
 def test_a_corrupt_region_is_reported_and_the_rest_used(source, tmp_path, monkeypatch):
     """A tiled TIFF with one damaged tile: the slide is done without it, and every run says so."""
-    monkeypatch.setattr(slides, "BLOCK_PX", 128)
+    monkeypatch.setattr(slide_module, "BLOCK_PX", 128)
     path = source / "t.tif"
     kinds = {"photometric": "rgb", "compression": "zlib", "tile": (128, 128), "metadata": None}
     tifffile.imwrite(path, tissue_image((20, 20, 380, 280)), **kinds)

@@ -20,7 +20,8 @@ from patch_resize import TORCH_FROM_PATCHES, choose_kernel, resize  # noqa: E402
 from patch_saving import _cuts  # noqa: E402
 from patch_tiles import JpegTiles, TileError  # noqa: E402
 from save_patches import main, make_header, parse_sizes, store_paths  # noqa: E402
-from slides import RegionError, open_slide  # noqa: E402
+from slide import RegionError  # noqa: E402
+from slides import open_slide  # noqa: E402
 from test_save_patches import Cohort, texture  # noqa: E402
 
 from benchmarks.lmdb_writing import pyramid, write_pyramid  # noqa: E402

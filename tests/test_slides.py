@@ -18,11 +18,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "CLAM"))
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import flat_tiff
+import slide as slide_module
 import slide_image
-import slides
 from patching import write_jpeg_pyramid
+from slide import RegionError
 from slide_scale import openslide_mpp
-from slides import RegionError, open_slide
+from slides import open_slide
 
 from utils.errors import UserError
 
@@ -134,7 +135,7 @@ def test_a_pickled_slide_opens_again(tmp_path):
 def test_blocks_give_the_pixels_of_one_whole_read(tmp_path, edge, monkeypatch):
     """Level 1 has a downsample of 2.013 and 2.02: block corners fall between pixels of level 0."""
     image = picture(304, 202)
-    monkeypatch.setattr(slides, "BLOCK_PX", edge)
+    monkeypatch.setattr(slide_module, "BLOCK_PX", edge)
     assert_blocks_equal_whole_read(write_pyramid(tmp_path / "odd.tif", [image, picture(151, 100, 1)]), 1)
 
 
@@ -152,7 +153,7 @@ def assert_blocks_equal_whole_read(path: Path, level: int) -> None:
 def test_blocks_of_jpeg_tiles_are_openslides_pixels(tmp_path, monkeypatch):
     """Tiles decoded directly, at a level whose downsample is not whole (2.013 and 2.02)."""
     path = write_jpeg_pyramid(tmp_path / "j.tif", [picture(1208, 808), picture(600, 400, 1)])
-    monkeypatch.setattr(slides, "BLOCK_PX", 300)
+    monkeypatch.setattr(slide_module, "BLOCK_PX", 300)
     with open_slide(path) as slide:
         tiles = slide._direct_tiles(1)
         assert tiles is not None
@@ -166,7 +167,7 @@ def test_blocks_of_jpeg_tiles_are_openslides_pixels(tmp_path, monkeypatch):
     [("CMU-1-Small-Region.svs", 0), ("tcga-cr-7395-01a-01-ts1.svs", 1), ("oral-scc-06.tiff", 2)],
 )
 def test_blocks_of_real_slides(real_data, name, level, monkeypatch):
-    monkeypatch.setattr(slides, "BLOCK_PX", 700)
+    monkeypatch.setattr(slide_module, "BLOCK_PX", 700)
     assert_blocks_equal_whole_read(real_data / "wsi" / name, level)
 
 
@@ -222,7 +223,7 @@ def test_a_damaged_tile_spares_the_others(tmp_path, monkeypatch):
         with pytest.raises(RegionError, match=r"p\.tif"):
             slide.read_region((0, 0), 0, (10, 10))
         np.testing.assert_array_equal(slide.read_region((64, 64), 0, (64, 64)), image[64:128, 64:128])
-        monkeypatch.setattr(slides, "BLOCK_PX", 64)
+        monkeypatch.setattr(slide_module, "BLOCK_PX", 64)
         assert [b.pixels is None for b in slide.blocks(0)] == [True] + [False] * 11
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from datasets.label_report import split_card
 from datasets.labels import Cohort, LabelOptions, describe, load_cohort, write_split
 from utils.errors import UserError
 
@@ -26,7 +27,7 @@ def test_numbers_become_values(tmp_path: Path) -> None:
     assert [(s.id, dict(s.target)) for s in fold.train] == [("a", {"value": 2.5}), ("b", {"value": -10.0})]
     assert (cohort.task, cohort.class_names, fold.bin_edges) == ("regression", ("value",), None)
     assert describe(cohort)["folds"][0]["splits"]["test"]["values"] == {"smallest": 7.0, "mean": 7.25, "largest": 7.5}
-    assert "7.25" in cohort.card(fold)
+    assert "7.25" in split_card(cohort, fold)
 
 
 def test_a_label_that_is_no_number_is_a_fault_with_its_row_once_for_all_folds(tmp_path: Path) -> None:
