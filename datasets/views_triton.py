@@ -15,6 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from utils.triton_version import require_triton
+
+require_triton()
+
 BLOCK = 256
 """Output pixels of one program."""
 

@@ -14,7 +14,7 @@ from datasets.views import Renderer
 from engine.precision import Precision
 from modules.model import SlideModel
 from utils.dist import Processes
-from utils.stop import Stopped
+from utils.stop import Stopped, StopRequest
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ def predict(
     return predict_all({"main": model}, calls, renderer, precision, processes)["main"]
 
 
-@torch.inference_mode()
 def predict_all(
     models: Mapping[str, SlideModel],
     calls: Iterable[Bags],
@@ -86,6 +85,18 @@ def predict_all(
     Raises:
         Stopped: on all processes, when one of them was asked to stop.
     """
+    return _of_all_processes(_predict_own(models, calls, renderer, precision, processes.stop), processes)
+
+
+@torch.inference_mode()
+def _predict_own(
+    models: Mapping[str, SlideModel],
+    calls: Iterable[Bags],
+    renderer: Renderer | None,
+    precision: Precision,
+    stop: StopRequest,
+) -> dict[str, Predictions]:
+    """What this process's bags get; incomplete when it was asked to stop."""
     features: dict[str, list[Tensor]] = {name: [] for name in models}
     logits: dict[str, list[Tensor]] = {name: [] for name in models}
     positions: list[Tensor] = []
@@ -95,7 +106,7 @@ def predict_all(
         model.eval()
     with precision.autocast(), fixed_kernels():  # entered once, so that weights are converted once
         for bags in calls:
-            if processes.stop.by is not None:
+            if stop.by is not None:
                 break
             inputs = bags.instances if renderer is None else renderer(bags.instances)
             for name, model in models.items():
@@ -110,7 +121,7 @@ def predict_all(
             positions.clear()
             index += bags.index
             targets.append(bags.target)
-    return _of_all_processes({name: _own(index, own, targets) for name, own in logits.items()}, processes)
+    return {name: _own(index, own, targets) for name, own in logits.items()}
 
 
 def _scores(model: SlideModel, features: list[Tensor], pos: Tensor | None) -> Tensor:

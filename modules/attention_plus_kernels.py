@@ -17,6 +17,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from utils.triton_version import require_triton
+
+require_triton()
+
 
 @triton.jit
 def _tile(base, start, stride, count, SIZE: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr):

@@ -23,6 +23,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from utils.triton_version import require_triton
+
+require_triton()
+
 NONE = tl.constexpr(9)
 SPAN = tl.constexpr(32)
 
