@@ -64,6 +64,8 @@ def check_paths(data: DataConfig, pixels: bool, faults: Faults) -> None:
     for name, remedy in FEATURES_ONLY.items() if pixels else ():
         if getattr(data, name) != getattr(DataConfig(), name):
             faults.add(f"{name} is for features, and this model takes patches: {remedy}. Remove --{name}")
+    if data.jpeg_decoder == "gpu" and not pixels:
+        faults.add("jpeg_decoder is for patches, and this model takes features. Remove --jpeg_decoder")
     remedy = "Write one with CLAM/save_patches.py, or correct the path" if pixels else "Correct the path"
     kind = "store" if pixels else "feature folder"
     for root in (data.dataset_root, data.dataset_sub_root, data.dataset_test_root):

@@ -24,9 +24,10 @@ from datasets.loaders import LoaderOptions, TrainStream, train_batches
 from datasets.store import PatchStore, StoreHeader, StoreWriter
 from datasets.views import ViewPlan
 from engine.decoding import coded, cores_of, gpu_decoder
+from engine.sources import check_paths
 from utils.config import DataConfig
 from utils.dist import Processes
-from utils.errors import UserError
+from utils.errors import Faults, UserError
 
 VIEWS = ViewPlan("strong", 0.2, SIDE_PX, 28)
 
@@ -166,6 +167,15 @@ def test_the_gpu_is_chosen_for_few_cores_only(store: PatchStore, monkeypatch: py
     few, more = (coded([PixelSource(store)], replace(gpu, local_world=n))[0] for n in (1, 2))
     assert few.cpu_share == pytest.approx(0.075)
     assert more.cpu_share == 0
+
+
+def test_features_need_no_decoder(tmp_path: Path) -> None:
+    faults = Faults("input")
+    (tmp_path / "labels.csv").touch()
+    data = DataConfig(jpeg_decoder="gpu", dataset_root=str(tmp_path), csv_path=str(tmp_path / "labels.csv"))
+    check_paths(data, False, faults)
+    with pytest.raises(UserError, match="jpeg_decoder is for patches, and this model takes features"):
+        faults.raise_if_any()
 
 
 @pytest.mark.gpu
