@@ -87,7 +87,7 @@ class EvalReader:
             source = in_thread(source, self.options.prefetch)
         try:
             yield from on_device(decoded(source, self.options.decoder), self.device, self._ring)
-        except BaseException:
+        except BaseException:  # Ctrl-C, and a caller that takes no more, too; raised again
             self._stop()  # parts are under way in buffers that nobody would give back
             raise
 

@@ -119,7 +119,7 @@ def processes(device: str = "auto", timeout_minutes: int = 30) -> Iterator[Proce
     with own.stop.listening():
         try:
             yield own
-        except BaseException:
+        except BaseException:  # readers that wait for a buffer would keep the program alive; raised again
             _end_reading_processes()
             raise
     if world > 1:  # not behind an exception: the peers would be waited for, and torchrun is about to end them

@@ -70,7 +70,7 @@ class StoreWriter:
         try:
             self._env = self._open(map_bytes)
             self._begin(header)
-        except BaseException:
+        except BaseException:  # Ctrl-C must not leave the store locked either; raised again
             self._lock.close()
             raise
 
@@ -184,7 +184,7 @@ class StoreWriter:
             for index, jpeg in enumerate(jpegs):
                 self.add(slide, index, [jpeg])
             self.finish(slide, coords, info)
-        except BaseException:
+        except BaseException:  # nor leave half a slide; raised again
             if not self._failed:
                 self.discard(slide)
             raise
