@@ -29,9 +29,9 @@ import torch
 from benchmarks.training import DISTINCT, make_learner, tissue_like
 from datasets.bags import Bags
 from datasets.coded import GpuDecoder
-from datasets.eval_parts import READ, EvalParts, PartPlan
+from datasets.eval_parts import CODED_READ, READ, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
-from datasets.instances import PixelSource
+from datasets.instances import PixelSource, Source
 from datasets.jpeg import encode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions
@@ -58,10 +58,12 @@ class Bench:
 
     def parts(self, slides: Sequence[str]) -> EvalParts:
         """The parts of an evaluation of ``slides``; a slide may be named more than once."""
-        plan = PartPlan(self.args.run, self.args.call, self.args.read)
+        read: int = self.args.read
+        source: Source = self.source
+        if self.decoder is not None:
+            read, (source,) = CODED_READ, coded([source])
         samples = [Sample(f"{s}-{i}", s, (s,), {"label": i % 6}) for i, s in enumerate(slides)]
-        source = self.source if self.decoder is None else coded([self.source], self.learner.processes)[0]
-        return EvalParts(samples, source, plan, range(len(samples)))
+        return EvalParts(samples, source, PartPlan(self.args.run, self.args.call, read), range(len(samples)))
 
     def reader(self, **splits: Sequence[str]) -> EvalReader:
         pin = self.device.type == "cuda"
@@ -90,7 +92,7 @@ def write_store(path: Path, counts: dict[str, int], side_px: int) -> float:
 
 def model_only(bench: Bench, slide: str) -> float:
     """Seconds of a slide whose encoder calls are on the device already."""
-    parts = bench.parts([slide])
+    parts = dataclasses.replace(bench, decoder=None).parts([slide])
     first: dict[int, Bags] = {}
     calls = []
     plan = PartPlan(bench.args.run, bench.args.call)
@@ -158,7 +160,7 @@ def main() -> None:
     parser.add_argument("--call", type=int, default=512, help="p_batch_size")
     parser.add_argument("--stored", type=int, default=256 if gpu else 64)
     parser.add_argument("--crop", type=int, default=224 if gpu else 56)
-    parser.add_argument("--jpeg_decoder", choices=("cpu", "gpu"), default="cpu", help="gpu: half of the parts")
+    parser.add_argument("--jpeg_decoder", choices=("cpu", "gpu"), default="cpu", help="who decodes")
     parser.add_argument("--encoder", default="r18")
     args = parser.parse_args()
     args.compile, args.sync_bn, args.plain_stem, args.chunk = False, False, False, args.call

@@ -96,7 +96,7 @@ def batches_of(args: argparse.Namespace, folder: Path, processes: Processes) -> 
     sources: Sequence[Source] = [PixelSource(PatchStore(folder / name)) for name in ("low.lmdb", "high.lmdb")]
     decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), sources[-1], processes)
     if decoder is not None:
-        sources = coded(sources, processes)
+        sources = coded(sources)
     samples = [Sample(f"s{i}", f"s{i}", (f"s{i}",), {"label": i % 6}) for i in range(args.slides)]
     views = ViewPlan("strong", 0.08, args.stored, args.crop)
     bags = TrainBags(samples, sources, SamplingPlan(args.patches, 4.0, pad=True), views, seed=0)
@@ -142,6 +142,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, float]:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
         batches, stream = batches_of(args, folder, processes)
         figures[f"{cores} cores"] = patches * whole_epochs(learner, batches, args.steps, stream)
+    batches.close()  # type: ignore[attr-defined]
     return figures
 
 

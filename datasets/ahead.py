@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
+
+PATIENCE = 3.0
+"""Seconds that the end of the program waits for what a thread is about: a part of a bag, or decoding a batch."""
+
+_alive: weakref.WeakKeyDictionary[threading.Thread, threading.Event] = weakref.WeakKeyDictionary()
+"""Threads, and what tells each of them that nobody takes items any more."""
 
 
 class _Failed:
@@ -41,6 +49,7 @@ def in_thread(items: Iterable[T], ahead: int) -> Iterator[T]:
 
     thread = threading.Thread(target=work, name="reading ahead", daemon=True)
     thread.start()
+    _alive[thread] = stopped
     try:
         while not isinstance(item := ready.get(), _End):
             if isinstance(item, _Failed):
@@ -48,6 +57,16 @@ def in_thread(items: Iterable[T], ahead: int) -> Iterator[T]:
             yield item
     finally:
         stopped.set()
+
+
+@atexit.register
+def _end_threads() -> None:
+    """Ends threads of iterators that nobody closed: one that is inside of torch when Python ends aborts the program."""
+    threads = list(_alive.items())
+    for _, stopped in threads:
+        stopped.set()
+    for thread, _ in threads:
+        thread.join(PATIENCE)
 
 
 def _put(ready: queue.Queue[T], item: T, stopped: threading.Event) -> bool:

@@ -19,7 +19,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datasets.instances import Segment, Source, bag_size, common_form, join, load_instances, load_positions
+from datasets.instances import (
+    CodedSource,
+    Segment,
+    Source,
+    bag_size,
+    common_form,
+    join,
+    load_positions,
+    load_segments,
+)
 from datasets.labels import Sample
 from datasets.ring import BatchRing, Form
 from datasets.sampling import Regions, regional_order
@@ -202,12 +211,13 @@ class TrainBags(Dataset[Bags]):
     def __getitem__(self, keys: Sequence[tuple[int, int]]) -> Bags:
         """The batch of the bags at ``keys``, each an (epoch, position)."""
         bags = [self._draw(epoch, position) for epoch, position in keys]
-        sources = [source.at(*keys[0]) for source in self.sources]
         segments = [
-            (source, bag.sample.slides, picks) for bag in bags for source, picks in zip(sources, bag.picks, strict=True)
+            (source, bag.sample.slides, picks)
+            for bag in bags
+            for source, picks in zip(self.sources, bag.picks, strict=True)
         ]
         batch, slot, form = self._described(bags), None, None
-        if self.ring is not None and not sources[0].coded:
+        if self.ring is not None and not isinstance(self.sources[0], CodedSource):
             form = common_form(source.form(slide) for source, slides, _ in segments for slide in slides)
             slot = self.ring.take() if self.ring.fits(sum(batch.sizes), form) else None
         batch.instances, batch.slot, batch.form = self.load(segments, slot, form), slot, form
@@ -249,17 +259,9 @@ class TrainBags(Dataset[Bags]):
         """The instances of ``segments`` one behind another; in buffer ``slot`` of the ring, where one is given."""
         total = sum(len(picks) for _, _, picks in segments)
         if self.ring is None or slot is None:
-            room = segments[0][0].room(total)
-        else:
-            room = self.ring.buffers[slot][:total] if form is None else self.ring.view(slot, total, form)
-        parts, begin = [], 0
-        for source, slides, picks in segments:
-            out = None if room is None else room[begin : begin + len(picks)]
-            parts.append(load_instances(source, slides, picks, out))
-            begin += len(picks)
-        if room is None:
-            return join(parts)
-        return room if slot is None else room[:0].clone()  # the training process knows the buffer
+            return load_segments(segments, segments[0][0].room(total))
+        room = self.ring.buffers[slot][:total] if form is None else self.ring.view(slot, total, form)
+        return load_segments(segments, room)[:0].clone()  # the training process knows the buffer
 
     def _views(self, bags: Sequence[_Drawn]) -> Tensor | None:
         draws = [bag.draws for bag in bags if bag.draws is not None]

@@ -1,17 +1,15 @@
 """Patches that stay JPEGs until they are on the GPU: for machines with few CPU cores for each GPU.
 
-A reading process hands on rows of bytes, and a thread of the training process lets the GPU decode them while the device
-trains on the batch before. Chosen by ``--jpeg_decoder``.
+A reading process hands on rows of bytes (``datasets.stacks``), and a thread of the training process lets the GPU decode
+them while the device trains on the batch before. Chosen by ``--jpeg_decoder``.
 
-Shapes: P patches, W bytes of the longest JPEG and 4 more, S stored size in px.
+Shapes: R rows, W bytes of the longest row, P patches of all rows, S stored size in px.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -19,64 +17,15 @@ from torch import Tensor
 
 from datasets.ahead import in_thread
 from datasets.bags import Bags
-from datasets.instances import PixelSource, broken_patch
-from datasets.jpeg import JpegError, decode, image_size
-from datasets.nvjpeg import NvJpeg, NvJpegError
-
-HEAD = 4
-"""Bytes in front of a row that hold the length of its JPEG, little endian."""
-
-
-def pack(jpegs: Sequence[bytes]) -> Tensor:
-    """(P, W) uint8: each JPEG behind its length, zeros behind it."""
-    rows = np.zeros((len(jpegs), HEAD + max(map(len, jpegs), default=0)), np.uint8)
-    rows[:, :HEAD] = np.array([len(j) for j in jpegs], "<u4").view(np.uint8).reshape(-1, HEAD)
-    for row, jpeg in zip(rows, jpegs, strict=True):
-        row[HEAD : HEAD + len(jpeg)] = np.frombuffer(jpeg, np.uint8)
-    return torch.from_numpy(rows)
-
-
-def lengths(rows: Tensor) -> np.ndarray:
-    """(P,) int64, the bytes of each JPEG."""
-    return np.ascontiguousarray(rows[:, :HEAD].numpy()).view("<u4")[:, 0].astype(np.int64)
+from datasets.jpeg import JpegError, decode
+from datasets.nvjpeg import Images, NvJpeg, NvJpegError
+from datasets.planes import interleaved
+from datasets.stacks import HEAD, heads, jpegs_of
 
 
 def is_coded(instances: Tensor) -> bool:
-    """Whether these are rows of ``pack``: decoded patches have four dimensions, and features are no bytes."""
+    """Whether these are packed rows: decoded patches have four dimensions, and features are no bytes."""
     return instances.dtype == torch.uint8 and instances.ndim == 2
-
-
-@dataclass(frozen=True)
-class CodedSource(PixelSource):
-    """Patches of a store as they are stored, (n, W) uint8; refused here unless they are JPEGs of the store's size.
-
-    Attributes:
-        cpu_share: share of the batches, and of the parts of an evaluation, that reading processes decode all the same,
-            because they have time.
-    """
-
-    coded: ClassVar[bool] = True
-    cpu_share: float = 0.0
-
-    def at(self, *place: int) -> PixelSource:
-        """What is read from for the batch or part at ``place``; always the same, so that a restart repeats it."""
-        by_cpu = np.random.default_rng(place).random() < self.cpu_share
-        return PixelSource(self.store, self.order, self.grid) if by_cpu else self
-
-    def room(self, count: int) -> None:
-        """Nothing is decoded here."""
-
-    def load(self, slide: str, picks: np.ndarray, out: Tensor | None = None) -> Tensor:
-        jpegs = self.store.read(slide, picks.tolist())
-        wanted = (self.store.image_size_px, self.store.image_size_px)
-        for pick, jpeg in zip(picks, jpegs, strict=True):
-            try:
-                size = image_size(jpeg)  # the GPU's decoder writes as much as the JPEG says
-            except JpegError as error:
-                raise broken_patch(self.store, slide, pick, error) from error
-            if size != wanted:
-                raise broken_patch(self.store, slide, pick, f"it holds {size[0]} x {size[1]} px")
-        return pack(jpegs)
 
 
 class GpuDecoder:
@@ -93,20 +42,63 @@ class GpuDecoder:
 
     def __init__(self, device: torch.device, side_px: int, order: str) -> None:
         self.device, self.side_px, self.order = device, side_px, order
-        self.codec = NvJpeg(device, bgr=order == "bgr")
+        self.codec = NvJpeg(device)
         self.stream = torch.cuda.Stream(device, priority=-1)  # its small kernels go between the large ones of the step
 
+    @property
+    def engines(self) -> bool:
+        """Whether the GPU has engines for JPEGs, beside its multiprocessors."""
+        return self.codec.backend == NvJpeg.ENGINES
+
     def __call__(self, rows: Tensor) -> Tensor:
-        """(P, W) coded patches -> (P, S, S, 3) uint8 on the device, complete on return."""
-        begins, sizes = np.full(len(rows), HEAD), lengths(rows)
+        """(R, W) packed patches -> (P, S, S, 3) uint8 on the device, complete on return."""
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            patches = torch.empty((len(rows), self.side_px, self.side_px, 3), dtype=torch.uint8, device=self.device)
             try:
-                self.codec.decode(rows, begins, sizes, patches)
+                patches = self._decode(rows)
             except NvJpegError:
-                patches.copy_(decode_rows(rows, self.side_px, self.order))
+                patches = decode_rows(rows, self.side_px, self.order).to(self.device)
             self.stream.synchronize()
         return patches
+
+    def _decode(self, rows: Tensor) -> Tensor:
+        head = heads(rows)
+        stacked = head["stacked"] > 0
+        if stacked.all():
+            return self._stacks(rows, head)
+        if not stacked.any():
+            return self._singles(rows, head)
+        patches = self._room(int(head["patches"].sum()))
+        for which, decode_those in ((stacked, self._stacks), (~stacked, self._singles)):
+            places = torch.from_numpy(np.repeat(which, head["patches"]))
+            patches[places.to(self.device)] = decode_those(rows[torch.from_numpy(which)], head[which])
+        return patches
+
+    def _stacks(self, rows: Tensor, head: np.ndarray) -> Tensor:
+        """Rows that are stacks, as planes and from there to RGB."""
+        count, side, half = int(head["patches"].sum()), self.side_px, self.side_px // 2
+        begins = np.cumsum(head["patches"]) - head["patches"]
+        sizes = (side, half, half)
+        planes = [torch.empty((count, s, s), dtype=torch.uint8, device=self.device) for s in sizes]
+        addresses = [plane.data_ptr() + begins * (s * s) for plane, s in zip(planes, sizes, strict=True)]
+        self.codec.decode(*_jpegs(rows, head), Images(addresses, sizes, NvJpeg.PLANES))
+        luma, blue, red = planes
+        return interleaved(luma, blue, red, self._room(count), self.order == "bgr")
+
+    def _singles(self, rows: Tensor, head: np.ndarray) -> Tensor:
+        """Rows of one patch each that are no stacks: a small kernel for each, and several times slower."""
+        patches = self._room(len(rows))
+        addresses = patches.data_ptr() + np.arange(len(rows)) * (3 * self.side_px**2)
+        form = NvJpeg.BGR if self.order == "bgr" else NvJpeg.RGB
+        self.codec.decode(*_jpegs(rows, head), Images([addresses], (3 * self.side_px,), form))
+        return patches
+
+    def _room(self, count: int) -> Tensor:
+        return torch.empty((count, self.side_px, self.side_px, 3), dtype=torch.uint8, device=self.device)
+
+
+def _jpegs(rows: Tensor, head: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Address and bytes of the JPEG in each row."""
+    return rows.data_ptr() + np.arange(len(rows)) * rows.stride(0) + HEAD.itemsize, head["bytes"]
 
 
 def decode_rows(rows: Tensor, side_px: int, order: str) -> Tensor:
@@ -115,10 +107,10 @@ def decode_rows(rows: Tensor, side_px: int, order: str) -> Tensor:
     Raises:
         JpegError: for a patch that nobody can decode.
     """
-    patches = np.empty((len(rows), side_px, side_px, 3), np.uint8)
-    for row, size, patch in zip(rows.numpy(), lengths(rows), patches, strict=True):
+    patches = np.empty((int(heads(rows)["patches"].sum()), side_px, side_px, 3), np.uint8)
+    for jpeg, patch in zip(jpegs_of(rows), patches, strict=True):
         try:
-            decode(row[HEAD : HEAD + size].tobytes(), order=order, out=patch)
+            decode(jpeg, order=order, out=patch)
         except JpegError as error:
             raise JpegError(f"{error}. 'python -m datasets.store verify' names the patch.") from error
     return torch.from_numpy(patches)

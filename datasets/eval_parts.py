@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.bags import Bags, joined_targets
-from datasets.instances import FeatureSource, Source, bag_size, common_form, load_instances, load_positions
+from datasets.instances import (
+    CodedSource,
+    FeatureSource,
+    Source,
+    bag_size,
+    common_form,
+    load_positions,
+    load_segments,
+)
 from datasets.labels import Sample
 from datasets.ring import BatchRing, Form, size_of_form
 from utils.chunks import equal_split
@@ -25,6 +33,10 @@ READ = 128
 
 Small, so that all processes work on the same slide; not tiny, so that handing a part on (0.1 ms) costs little.
 """
+
+
+CODED_READ = 1024
+"""Patches of a part that the GPU decodes: as many stacks (datasets.stacks) as it decodes at once, and more."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +105,10 @@ class EvalParts(Dataset[Bags]):
     def __getitem__(self, i: int) -> Bags:
         part = self.parts[i]
         sample, picks, form = self.samples[part.position], np.arange(part.begin, part.end), self._form(part)
-        source = self.source.at(part.position, part.begin)
-        room = None if source.coded else self.ring  # JPEGs are small and of every size
+        room = None if isinstance(self.source, CodedSource) else self.ring  # JPEGs are small and of every size
         slot = room.take() if room is not None and room.fits(len(picks), form) else None
         out = None if room is None or slot is None else room.view(slot, len(picks), form)
-        instances = load_instances(source, sample.slides, picks, out)
+        instances = load_segments([(self.source, sample.slides, picks)], out)
         cells = self._positions(part.position)
         return Bags(
             instances=instances if slot is None else torch.empty(0),  # the training process knows the buffer

@@ -6,18 +6,20 @@ Shapes: S stored size in px, D feature width.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from datasets.jpeg import JpegError, decode
+from datasets.jpeg import JpegError, decode, image_size
 from datasets.ring import Form
+from datasets.stacks import pack
 from datasets.store import PatchStore
 from utils.errors import UserError
 
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
 
 class Source(Protocol):
     """Where the instances of a bag come from."""
-
-    coded: ClassVar[bool]
-    """Whether instances are JPEGs that somebody has to decode (datasets.coded)."""
 
     @property
     def grid(self) -> Grid | None:
@@ -53,10 +52,6 @@ class Source(Protocol):
         """The instances ``picks`` of one slide, in that order; in ``out``, where it is given."""
         ...
 
-    def at(self, *place: int) -> Source:
-        """What is read from for the batch that begins with (epoch, position), or the part of an evaluation."""
-        ...
-
 
 @dataclass(frozen=True)
 class PixelSource:
@@ -65,10 +60,6 @@ class PixelSource:
     store: PatchStore
     order: str = "rgb"
     grid: Grid | None = None
-    coded: ClassVar[bool] = False
-
-    def at(self, *place: int) -> PixelSource:
-        return self
 
     def count(self, slide: str) -> int:
         return self.store.counts[slide]
@@ -109,15 +100,41 @@ def broken_patch(store: PatchStore, slide: str, pick: int, reason: object) -> Us
 
 
 @dataclass(frozen=True)
+class CodedSource(PixelSource):
+    """Patches of a store as they are stored, for a GPU that decodes them (datasets.coded)."""
+
+    def room(self, count: int) -> None:
+        """Nothing is decoded here."""
+
+    def jpegs(self, slides: Sequence[str], picks: np.ndarray) -> list[bytes]:
+        """The instances ``picks`` of a bag.
+
+        Raises:
+            UserError: for what is no JPEG of the store's size.
+        """
+        found: dict[int, bytes] = {}
+        for slide, rows, own in by_slide(self, slides, picks):
+            for row, pick, jpeg in zip(rows, own, self.store.read(slide, own.tolist()), strict=True):
+                self._check(slide, pick, jpeg)
+                found[int(row)] = jpeg
+        return [found[row] for row in range(len(picks))]
+
+    def _check(self, slide: str, pick: int, jpeg: bytes) -> None:
+        wanted = (self.store.image_size_px, self.store.image_size_px)
+        try:
+            size = image_size(jpeg)  # the GPU's decoder writes as much as the JPEG says
+        except JpegError as error:
+            raise broken_patch(self.store, slide, pick, error) from error
+        if size != wanted:
+            raise broken_patch(self.store, slide, pick, f"it holds {size[0]} x {size[1]} px")
+
+
+@dataclass(frozen=True)
 class FeatureSource:
     """Pre-extracted features, (n, D) in the precision of the files."""
 
     folder: FeatureFolder
     grid: Grid | None = None
-    coded: ClassVar[bool] = False
-
-    def at(self, *place: int) -> FeatureSource:
-        return self
 
     def count(self, slide: str) -> int:
         return self.folder.counts[slide]
@@ -147,14 +164,20 @@ def load_instances(source: Source, slides: Sequence[str], picks: np.ndarray, out
     """Instances ``picks`` of a bag, numbered through its slides in order; the result keeps the order of ``picks``."""
     if len(slides) == 1:
         return source.load(slides[0], picks, out)
+    shares = list(by_slide(source, slides, picks))
+    back = np.argsort(np.concatenate([rows for _, rows, _ in shares]))
+    joined = join([source.load(slide, own) for slide, _, own in shares])[torch.from_numpy(back)]
+    return joined if out is None else out.copy_(joined)
+
+
+def by_slide(source: Source, slides: Sequence[str], picks: np.ndarray) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Each slide that ``picks`` take from, which of them those are, and their numbers on the slide."""
     ends = np.cumsum([source.count(slide) for slide in slides])
     owner = np.searchsorted(ends, picks, side="right")
-    rows = [np.flatnonzero(owner == s) for s in range(len(slides))]
-    begins = np.concatenate([[0], ends[:-1]])
-    parts = [source.load(slides[s], picks[r] - begins[s]) for s, r in enumerate(rows) if len(r)]
-    back = np.argsort(np.concatenate([r for r in rows if len(r)]))
-    joined = join(parts)[torch.from_numpy(back)]
-    return joined if out is None else out.copy_(joined)
+    for number, slide in enumerate(slides):
+        rows = np.flatnonzero(owner == number)
+        if len(rows):
+            yield slide, rows, picks[rows] - (ends[number - 1] if number else 0)
 
 
 def common_form(forms: Iterable[Form]) -> Form:
@@ -178,15 +201,22 @@ Segment = tuple[Source, Sequence[str], np.ndarray]
 """A source, the slides of a bag, and the instances that are taken from them."""
 
 
-def join(parts: Sequence[Tensor]) -> Tensor:
-    """``parts`` one behind another, rows of bytes filled up to the longest.
+def load_segments(segments: Sequence[Segment], room: Tensor | None = None) -> Tensor:
+    """The instances of ``segments`` one behind another, in ``room`` where it is given; JPEGs packed (datasets.stacks).
 
-    A single part is passed on without a copy, as bags may be large.
+    The sources of all segments are of one kind.
     """
-    if len(parts) == 1:
-        return parts[0]
-    widths = {part.shape[1:] for part in parts}
-    if len(widths) > 1:
-        longest = max(part.shape[1] for part in parts)
-        parts = [torch.nn.functional.pad(part, (0, longest - part.shape[1])) for part in parts]
-    return torch.cat(list(parts))
+    coded = [s.jpegs(slides, picks) for s, slides, picks in segments if isinstance(s, CodedSource)]
+    if coded:
+        return pack(list(itertools.chain(*coded)))
+    parts, begin = [], 0
+    for source, slides, picks in segments:
+        out = None if room is None else room[begin : begin + len(picks)]
+        parts.append(load_instances(source, slides, picks, out))
+        begin += len(picks)
+    return join(parts) if room is None else room
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` one behind another; a single part is passed on without a copy, as bags may be large."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -175,7 +175,8 @@ def feature_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions
         prefetch_factor=options.prefetch,
         worker_init_fn=quiet_worker,
     )
-    return emptied(loader, bags.ring)
+    # Taking a bag over from another process is 0.4 ms of Python; the backward pass does not need Python.
+    return emptied(in_thread(iter(loader), 1), bags.ring)
 
 
 def _ready(bags: TrainBags, batch_size: int) -> bool:

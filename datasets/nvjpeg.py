@@ -10,20 +10,15 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
-
-BACKENDS = (3, 0)
-"""The decoding engines beside the multiprocessors, where the GPU has some; else the library's choice."""
 
 INTERPOLATED = 32
 """Flag: chroma is interpolated, as libjpeg does."""
-
-RGB, BGR = 5, 6
-"""Output formats, interleaved."""
 
 LIBRARY_FROM = (12, 1)
 """The version of the library that brought the flag."""
@@ -33,16 +28,40 @@ class NvJpegError(RuntimeError):
     """The library refused a batch, or there is no library."""
 
 
+@dataclass(frozen=True)
+class Images:
+    """Where a batch goes.
+
+    Attributes:
+        addresses: for each channel of the form, (R,) addresses on the device.
+        pitches: bytes of a row of each channel.
+        form: NvJpeg.PLANES, RGB or BGR.
+    """
+
+    addresses: Sequence[np.ndarray]
+    pitches: Sequence[int]
+    form: int
+
+
 class NvJpeg:
     """A decoder for one GPU; one thread at a time may use it.
+
+    Attributes:
+        PLANES: form of an image: Y, Cb and Cr in the resolution in which they are coded.
+        RGB, BGR: forms with one channel, whose pixels have three bytes.
+        ENGINES, ANY: backends: the GPU's JPEG engines, where it has some, and the library's choice.
+        backend: the one in use.
 
     Raises:
         NvJpegError: without the library or without a GPU that it can use.
     """
 
-    def __init__(self, device: torch.device, bgr: bool = False) -> None:
-        self.device, self.format = device, BGR if bgr else RGB
-        self._library, self._batch = _library(), 0
+    PLANES, RGB, BGR = 1, 5, 6
+    ENGINES, ANY = 3, 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._library = device, _library()
+        self._batch = 0, 0  # images and form of the last one
         self._handle, self._state = ctypes.c_void_p(), ctypes.c_void_p()
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # the library needs a context
@@ -51,7 +70,7 @@ class NvJpeg:
 
     def _create(self) -> int:
         flags = INTERPOLATED if self._version() >= LIBRARY_FROM else 0
-        for backend in BACKENDS:
+        for backend in (self.ENGINES, self.ANY):
             handle = ctypes.byref(self._handle)
             status = self._library.nvjpegCreateEx(backend, None, None, ctypes.c_uint(flags), handle)
             if status == 0:
@@ -71,33 +90,32 @@ class NvJpeg:
         if status != 0:
             raise NvJpegError(f"{name} answers {status}")
 
-    def decode(self, data: Tensor, begins: np.ndarray, lengths: np.ndarray, out: Tensor) -> None:
-        """Queues the decoding of a batch on the current stream; ``data`` must stay until the stream has done it.
+    def decode(self, addresses: np.ndarray, sizes: np.ndarray, images: Images) -> None:
+        """Queues the decoding of a batch on the current stream; the JPEGs must stay until the stream has done it.
 
         Args:
-            data: (P, W) uint8 in host memory, one JPEG a row.
-            begins: (P,) first byte of each JPEG in its row.
-            lengths: (P,) bytes of each JPEG.
-            out: (P, S, S, 3) uint8 on the device; every JPEG must be S x S px, which nobody checks here.
+            addresses: (R,) of the JPEGs in host memory.
+            sizes: (R,) bytes of each.
+            images: where they go, with room for what each JPEG's header says, which nobody checks here.
 
         Raises:
             NvJpegError: for a batch with a JPEG that the library cannot decode.
         """
-        count, side = out.shape[:2]
-        sources = (data.data_ptr() + np.arange(count) * data.stride(0) + begins).astype(np.uint64)
-        images = np.zeros((count, 8), np.uint64)  # four pointers and four pitches
-        images[:, 0] = out.data_ptr() + np.arange(count, dtype=np.uint64) * (side * side * 3)
-        images[:, 4] = side * 3
-        sizes = lengths.astype(np.uint64)
-        if count != self._batch:
-            self._call("nvjpegDecodeBatchedInitialize", self._handle, self._state, count, 1, self.format)
-            self._batch = count
+        count = len(addresses)
+        places = np.zeros((count, 8), np.uint64)  # four addresses and four pitches
+        for channel, (begins, pitch) in enumerate(zip(images.addresses, images.pitches, strict=True)):
+            places[:, channel], places[:, 4 + channel] = begins, pitch
+        if self._batch != (count, images.form):
+            call = "nvjpegDecodeBatchedInitialize"
+            self._call(call, self._handle, self._state, count, 1, images.form)
+            self._batch = count, images.form
         stream = ctypes.c_void_p(torch.cuda.current_stream(self.device).cuda_stream)
-        arrays = (ctypes.c_void_p(a.ctypes.data) for a in (sources, sizes, images))
+        arrays = [a.astype(np.uint64) for a in (addresses, sizes, places)]
+        pointers = (ctypes.c_void_p(a.ctypes.data) for a in arrays)
         try:
-            self._call("nvjpegDecodeBatched", self._handle, self._state, *arrays, stream)
+            self._call("nvjpegDecodeBatched", self._handle, self._state, *pointers, stream)
         except NvJpegError:
-            self._batch = 0
+            self._batch = 0, 0
             raise
 
     def __del__(self) -> None:

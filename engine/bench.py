@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from datasets.coded import pack
 from datasets.label_types import Fold
+from datasets.stacks import pack
 from engine import task_builder
 from engine.agreement import check_processes, check_same_input
 from engine.bench_figures import Figures, Setting, table

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from datasets.coded import CodedSource, GpuDecoder
-from datasets.instances import PixelSource, Source
+from datasets.coded import GpuDecoder
+from datasets.instances import CodedSource, PixelSource, Source
 from datasets.nvjpeg import NvJpegError
 from utils.config import DataConfig
 from utils.cores import usable_cores
@@ -15,15 +15,12 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FEW_CORES = 5
-"""Up to so many CPU cores a process, the GPU decodes. One core decodes 3,100 patches of 256 px a second, a step of
-ResNet-18 on an H100 takes 19,000, and the training process needs a core for itself."""
+FEW_CORES = 8
+"""Up to so many CPU cores a process, a GPU with JPEG engines decodes. One core decodes 3,100 patches of 256 px a second,
+a step of ResNet-18 on an H100 takes 24,000, and the training process needs a core for itself."""
 
-CPU_SHARE_PER_CORE = 0.15
-"""Share of the batches that each spare core decodes besides: its 3,100 patches a second of 19,000."""
-
-BUSY_CORES = 1.5
-"""Cores that the training process and its decoding thread need."""
+FEW_WITHOUT_ENGINES = 5
+"""The same for a GPU that has to decode on its multiprocessors."""
 
 
 def cores_of(processes: Processes) -> float:
@@ -39,15 +36,16 @@ def gpu_decoder(data: DataConfig, source: Source, processes: Processes) -> GpuDe
     """
     if not isinstance(source, PixelSource) or data.jpeg_decoder == "cpu":
         return None
-    asked = data.jpeg_decoder == "gpu"
+    asked, cores = data.jpeg_decoder == "gpu", cores_of(processes)
     if processes.device.type != "cuda":
         if asked:
             raise UserError("jpeg_decoder is gpu, but this run computes on the CPU. Remove --jpeg_decoder=gpu.")
         return None
-    if not asked and cores_of(processes) > FEW_CORES:
+    if not asked and cores > FEW_CORES:
         return None
     try:
-        return GpuDecoder(processes.device, source.store.image_size_px, source.order)
+        decoder = GpuDecoder(processes.device, source.store.image_size_px, source.order)
+        return decoder if asked or decoder.engines or cores <= FEW_WITHOUT_ENGINES else None
     except NvJpegError as error:
         if asked:
             raise UserError(
@@ -58,7 +56,6 @@ def gpu_decoder(data: DataConfig, source: Source, processes: Processes) -> GpuDe
         return None
 
 
-def coded(sources: Sequence[Source], processes: Processes) -> tuple[Source, ...]:
-    """The same stores as sources of JPEGs, for a GPU that decodes them; spare cores decode a share of the batches."""
-    share = min(max(cores_of(processes) - BUSY_CORES, 0) * CPU_SHARE_PER_CORE, 0.5)
-    return tuple(CodedSource(s.store, s.order, s.grid, share) for s in sources if isinstance(s, PixelSource))
+def coded(sources: Sequence[Source]) -> tuple[Source, ...]:
+    """The same stores as sources of JPEGs, for a GPU that decodes them."""
+    return tuple(CodedSource(s.store, s.order, s.grid) for s in sources if isinstance(s, PixelSource))

@@ -83,8 +83,8 @@ def training_batches(setup: Setup, fold: Fold, processes: Processes, stream: Tra
     data, sources = setup.config.data, setup.sources.train
     decoder = gpu_decoder(data, sources[-1], processes)
     if decoder is not None:
-        sources = coded(sources, processes)
-        log.info("The GPU decodes the patches, and spare CPU cores a share of them (--jpeg_decoder).")
+        sources = coded(sources)
+        log.info("The GPU decodes the patches (--jpeg_decoder).")
     bags = TrainBags(fold.train, sources, setup.plan, setup.views, fold.seed)
     options = loader_options(setup, processes, data.num_workers, decoder)
     if setup.chunks is not None:

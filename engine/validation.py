@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from datasets.bags import Bags
 from datasets.coded import GpuDecoder
-from datasets.eval_parts import WHOLE, EvalParts, PartPlan
+from datasets.eval_parts import CODED_READ, WHOLE, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
 from datasets.label_types import Fold, Sample
 from datasets.loaders import LoaderOptions, shard
@@ -40,7 +41,8 @@ def eval_reader(
     data, source = setup.config.data, setup.sources.test
     decoder = gpu_decoder(data, source, processes)
     if decoder is not None:
-        (source,) = coded([source], processes)
+        (source,) = coded([source])
+        plan = dataclasses.replace(plan, read=CODED_READ)
     parts = {
         split: EvalParts(samples, source, plan, shard(len(samples), processes.rank, processes.world))
         for split, samples in splits.items()

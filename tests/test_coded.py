@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import SIDE_PX, make_tiny_cohort
 from torch import Tensor
 
 from datasets.bags import Bags, SamplingPlan, TrainBags
-from datasets.coded import CodedSource, GpuDecoder, decode_rows, decoded, is_coded, lengths, pack
+from datasets.coded import GpuDecoder, decode_rows, decoded, is_coded
 from datasets.eval_parts import EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
 from datasets.full_bags import ChunkPlan, full_bag_batches
-from datasets.instances import PixelSource, Source
+from datasets.instances import CodedSource, PixelSource, Source
 from datasets.jpeg import decode, encode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream, train_batches
+from datasets.stacks import heads, pack
 from datasets.store import PatchStore, StoreHeader, StoreWriter
 from datasets.views import ViewPlan
-from engine.decoding import coded, cores_of, gpu_decoder
+from engine.decoding import cores_of, gpu_decoder
 from engine.sources import check_paths
 from utils.config import DataConfig
 from utils.dist import Processes
@@ -66,12 +71,11 @@ def assert_same(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_training_batches_are_the_same_whoever_decodes(store: PatchStore, workers: int, share: float) -> None:
-    seen: list[int] = []
+def test_training_batches_are_the_same_whoever_decodes(store: PatchStore, workers: int) -> None:
+    seen: list[list[int]] = []
 
     def counted(rows: Tensor) -> Tensor:
-        seen.append(len(rows))
+        seen.append(heads(rows)["patches"].tolist())
         return on_cpu(rows)
 
     def batches(
@@ -82,8 +86,8 @@ def test_training_batches_are_the_same_whoever_decodes(store: PatchStore, worker
         return content(train_batches(bags, stream, LoaderOptions(workers, decoder=decoder)))
 
     plain = batches(PixelSource(store), None)
-    assert_same(batches(CodedSource(store, cpu_share=share), counted), plain)
-    assert len(seen) == len(plain) if share == 0 else 0 < len(seen) < len(plain)
+    assert_same(batches(CodedSource(store), counted), plain)
+    assert seen == [[sum(sizes)] for _, sizes, _ in plain]  # one stack for the bags of a batch
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -101,19 +105,13 @@ def test_evaluation_and_whole_bags_are_the_same_whoever_decodes(store: PatchStor
         return found
 
     plain, ours = LoaderOptions(workers), LoaderOptions(workers, decoder=on_cpu)
-    for share in (0.0, 0.5):
-        assert_same(evaluated(CodedSource(store, cpu_share=share), ours), evaluated(PixelSource(store), plain))
+    assert_same(evaluated(CodedSource(store), ours), evaluated(PixelSource(store), plain))
     for one, other in zip(whole(CodedSource(store), ours), whole(PixelSource(store), plain), strict=True):
         assert torch.equal(one, other)
 
 
-def test_rows_hold_the_jpegs_as_they_are() -> None:
-    jpegs = [b"abc", b"", b"defgh" * 60_000]
-    rows = pack(jpegs)
-    assert lengths(rows).tolist() == [3, 0, 300_000]
-    assert bytes(rows[0, 4:7].tolist()) == b"abc"
-    assert bytes(rows[2, 4:].numpy()) == jpegs[2]
-    assert is_coded(rows)
+def test_packed_rows_are_told_from_patches_and_features() -> None:
+    assert is_coded(pack([b"abc", b"defgh"]))
     assert not is_coded(torch.zeros(3, 8, 8, 3, dtype=torch.uint8))
     assert not is_coded(torch.zeros(3, 8))
 
@@ -130,10 +128,10 @@ def test_what_the_gpu_must_not_see_is_refused_by_name(tmp_path: Path) -> None:
     good, large = (encode(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)) for n in (SIDE_PX, 2 * SIDE_PX))
     source = CodedSource(one_slide(tmp_path / "a.lmdb", [good, large]))
     with pytest.raises(UserError, match=r"patch 1 of slide 's' is no JPEG of the store's size.*holds 64 x 64 px"):
-        source.load("s", np.array([0, 1]))
+        source.jpegs(["s"], np.array([0, 1]))
     source = CodedSource(one_slide(tmp_path / "b.lmdb", [good, good[:-40]]))
     with pytest.raises(UserError, match="patch 1 of slide 's'.*truncated"):
-        source.load("s", np.array([0, 1]))
+        source.jpegs(["s"], np.array([0, 1]))
 
 
 def test_an_error_of_the_decoding_thread_reaches_the_run_and_ends_it(store: PatchStore) -> None:
@@ -153,20 +151,25 @@ def test_batches_without_coded_patches_pass(store: PatchStore) -> None:
 
 def test_the_gpu_is_chosen_for_few_cores_only(store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, made = Processes(0, 1, torch.device("cpu")), []
-    monkeypatch.setattr("engine.decoding.GpuDecoder", lambda *args: made.append(args) or "decoder")
+    decoder = SimpleNamespace(engines=True)
+    monkeypatch.setattr("engine.decoding.GpuDecoder", lambda *args: made.append(args) or decoder)
     with pytest.raises(UserError, match="computes on the CPU"):
         gpu_decoder(DataConfig(jpeg_decoder="gpu"), PixelSource(store), cpu)
     assert gpu_decoder(DataConfig(), PixelSource(store), cpu) is None
     gpu = replace(cpu, device=torch.device("cuda", 0))
-    for cores, peers, chosen in ((16, 1, False), (16, 4, True), (2, 1, True)):
+    for cores, peers, engines, chosen in (
+        (16, 1, True, False),
+        (16, 2, True, True),
+        (16, 2, False, False),
+        (16, 4, False, True),
+        (2, 1, True, True),
+    ):
+        decoder.engines = engines
         monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
         own = replace(gpu, local_world=peers)
         assert cores_of(own) == cores / peers
         assert (gpu_decoder(DataConfig(), PixelSource(store), own) is not None) == chosen
         assert gpu_decoder(DataConfig(jpeg_decoder="cpu"), PixelSource(store), own) is None
-    few, more = (coded([PixelSource(store)], replace(gpu, local_world=n))[0] for n in (1, 2))
-    assert few.cpu_share == pytest.approx(0.075)
-    assert more.cpu_share == 0
 
 
 def test_features_need_no_decoder(tmp_path: Path) -> None:
@@ -178,16 +181,67 @@ def test_features_need_no_decoder(tmp_path: Path) -> None:
         faults.raise_if_any()
 
 
+def tissue(count: int, seed: int = 0) -> list[bytes]:
+    rng = np.random.default_rng(seed)
+    coarse = [
+        rng.normal(128, 50, (32, 32, 3)).repeat(8, 0).repeat(8, 1) + rng.normal(0, 8, (256, 256, 1))
+        for _ in range(count)
+    ]
+    return [encode(np.clip(image, 0, 255).astype(np.uint8), 80) for image in coarse]
+
+
+def progressive(jpeg: bytes) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(decode(jpeg)).save(file, "JPEG", progressive=True, quality=90)
+    return file.getvalue()
+
+
+def assert_decodes(decoder: GpuDecoder, jpegs: list[bytes]) -> None:
+    got = decoder(pack(jpegs)).cpu().int()
+    want = torch.from_numpy(np.stack([decode(j, order=decoder.order) for j in jpegs])).int()
+    assert (got - want).abs().max() <= 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("order", ["rgb", "bgr"])
 def test_the_gpu_decodes_as_the_cpu_does(order: str) -> None:
-    rng = np.random.default_rng(0)
-    coarse = [
-        rng.normal(128, 50, (32, 32, 3)).repeat(8, 0).repeat(8, 1) + rng.normal(0, 8, (256, 256, 1)) for _ in range(40)
-    ]
-    jpegs = [encode(np.clip(image, 0, 255).astype(np.uint8), 80) for image in coarse]
+    jpegs = tissue(40)
+    unlike = [encode(decode(j), 70) for j in jpegs[:3]]
+    full_chroma = io.BytesIO()
+    Image.fromarray(decode(jpegs[0])).save(full_chroma, "JPEG", subsampling=0, quality=90)
     decoder = GpuDecoder(torch.device("cuda"), 256, order)
-    for count in (40, 7, 40):
-        got = decoder(pack(jpegs[:count])).cpu().int()
-        want = torch.from_numpy(np.stack([decode(j, order=order) for j in jpegs[:count]])).int()
-        assert (got - want).abs().max() <= 2
+    for count in (40, 7, 1, 40):
+        assert_decodes(decoder, (jpegs * 4)[: 4 * count])
+    assert_decodes(decoder, [*jpegs[:5], *unlike, full_chroma.getvalue(), *jpegs[5:9]])
+    assert_decodes(decoder, [full_chroma.getvalue()] * 3)
+
+
+@pytest.mark.gpu
+def test_what_the_gpu_refuses_the_cpu_decodes() -> None:
+    jpegs = tissue(4)
+    assert_decodes(GpuDecoder(torch.device("cuda"), 256, "rgb"), [*jpegs, progressive(jpegs[0]), *jpegs])
+
+
+@pytest.mark.gpu
+def test_a_damaged_patch_leaves_its_neighbours_alone() -> None:
+    jpegs = tissue(9)
+    damaged = bytearray(jpegs[4])
+    damaged[-2000:-1000] = bytes(v if v != 0xFF else 0 for v in np.random.default_rng(0).integers(0, 256, 1000))
+    decoder = GpuDecoder(torch.device("cuda"), 256, "rgb")
+    whole = decoder(pack(jpegs))
+    mixed = decoder(pack([*jpegs[:4], bytes(damaged), *jpegs[5:]]))
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(mixed[others], whole[others])
+
+
+@pytest.mark.gpu
+def test_two_decoders_work_side_by_side() -> None:
+    """Training goes on preparing batches while an evaluation begins."""
+    jpegs = tissue(128)
+    rows, want = pack(jpegs * 4), GpuDecoder(torch.device("cuda"), 256, "rgb")(pack(jpegs)).repeat(4, 1, 1, 1)
+
+    def many(decoder: GpuDecoder) -> bool:
+        return all(torch.equal(decoder(rows), want) for _ in range(8))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(many, [GpuDecoder(torch.device("cuda"), 256, "rgb") for _ in range(2)]))
