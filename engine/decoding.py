@@ -16,8 +16,8 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 FEW_CORES = 8
-"""Up to so many CPU cores a process, a GPU with JPEG engines decodes. One core decodes 3,100 patches of 256 px a second,
-a step of ResNet-18 on an H100 takes 24,000, and the training process needs a core for itself."""
+"""Up to so many CPU cores a process, a GPU with JPEG engines decodes. One core decodes 3,100 patches of 256 px a
+second, a step of ResNet-18 on an H100 takes 24,000, and the training process needs a core for itself."""
 
 FEW_WITHOUT_ENGINES = 5
 """The same for a GPU that has to decode on its multiprocessors."""
