@@ -150,8 +150,9 @@ class EvalParts(Dataset[Bags]):
         return common_form(self.source.form(slide) for slide in self.samples[part.position].slides)
 
     def _positions(self, position: int) -> Tensor | None:
-        if self.source.grid is not None and self._cells[0] != position:
+        known, cells = self._cells  # one look, as threads may read other bags meanwhile
+        if self.source.grid is not None and known != position:
             slides = self.samples[position].slides
-            count = bag_size(self.source, slides)
-            self._cells = position, load_positions(self.source, slides, np.arange(count))
-        return self._cells[1]
+            cells = load_positions(self.source, slides, np.arange(bag_size(self.source, slides)))
+            self._cells = position, cells
+        return cells

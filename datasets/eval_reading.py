@@ -1,19 +1,20 @@
 """Reading for evaluation: parts of bags come from reading processes and go to the device as encoder calls.
 
 The reading processes and their buffers live as long as the reader, for every split and epoch, so only the first
-evaluation waits for them to start. They go on with the next bag while the device is busy with this one. Copies to the
-device run beside the computing: an encoder call is put together in one of two rooms on the device, while the model
-works on the other one.
+evaluation waits for them to start. Mapped features are read by threads, which start at once. Readers go on with the
+next bag while the device is busy with this one. Copies to the device run beside the computing: an encoder call is put
+together in one of two rooms on the device, while the model works on the other one.
 
 Shapes: P instances of an encoder call, S stored size in px, D feature width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,11 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from datasets.ahead import in_thread
+from datasets.ahead import in_threads
 from datasets.bags import Bags
 from datasets.coded import decoded
 from datasets.eval_parts import EvalParts
-from datasets.loaders import LoaderOptions, quiet_worker
+from datasets.loaders import LoaderOptions, copied, lead, quiet_worker, read_by_threads
 from datasets.ring import BatchRing, ring_for
 
 IN_FLIGHT = 2
@@ -61,7 +62,7 @@ class EvalReader:
 
     Args:
         splits: the parts of each split.
-        options: reading processes; page-locked buffers.
+        options: reading processes or threads; page-locked buffers.
         device: where the instances are wanted.
     """
 
@@ -79,20 +80,29 @@ class EvalReader:
         direct = self.options.workers == 0 and (not self.options.pin or parts.in_memory)
         if not direct and self._ring is None:
             self._start()
-        source: Iterable[Bags] = map(parts.__getitem__, range(len(parts)))
+        with contextlib.closing(self._parts(split, direct)) as read:
+            try:
+                yield from on_device(read, self.device, self._ring)
+            except BaseException:  # Ctrl-C, and a caller that takes no more, too; raised again
+                self._stop()  # parts are under way in buffers that nobody would give back
+                raise
+
+    def _parts(self, split: str, direct: bool) -> Generator[Bags, None, None]:
+        """Parts as their readers prepare them; closing it ends reading threads."""
+        parts = self.splits[split]
+        numbers = range(len(parts))
+        source: Iterable[Bags] = map(parts.__getitem__, numbers)
         if self._loader is not None:
             self._keys.split, self._keys.count = split, len(parts)
             source = self._loader
         elif not direct:
-            source = in_thread(source, self.options.prefetch)
-        try:
-            yield from on_device(decoded(source, self.options.decoder), self.device, self._ring)
-        except BaseException:  # Ctrl-C, and a caller that takes no more, too; raised again
-            self._stop()  # parts are under way in buffers that nobody would give back
-            raise
+            mapped = read_by_threads([parts.source])
+            source = in_threads(lambda i: copied(parts[i]) if mapped else parts[i], numbers, *lead(self.options))
+        yield from decoded(source, self.options.decoder)
 
     def _start(self) -> None:
-        workers, prefetch = self.options.workers, self.options.prefetch
+        workers = 0 if read_by_threads(parts.source for parts in self.splits.values()) else self.options.workers
+        prefetch = self.options.prefetch if workers else lead(self.options)[1]
         largest = max(parts.largest_bytes() for parts in self.splits.values() if len(parts))
         self._ring = ring_for(workers, prefetch, largest, self.options.pin)
         self._close = weakref.finalize(self, self._ring.close)

@@ -181,7 +181,7 @@ class FeatureFolder:
             raise UserError(f"{self.path}: no features of slide {slide!r} among {len(self.slides)}.{hint}") from None
 
     def read(self, slide: str) -> torch.Tensor:
-        """(N, D) features; for ``.pt`` files mapped into memory, and left so for the next epoch."""
+        """(N, D) features; for ``.pt`` files mapped into memory, and left so for the next reader."""
         for known in (self._kept, self._mapped):
             if slide in known:
                 return known[slide]
@@ -193,8 +193,15 @@ class FeatureFolder:
     def layout(self, slide: str) -> tuple[int, int, torch.dtype]:
         """(N, D) and type of a slide's features; raises UserError for an unknown slide or a damaged file."""
         if slide not in self._layouts:
-            self._layouts[slide] = _layout(self.file(slide))
+            h5 = self.file(slide).suffix in H5_SUFFIXES
+            self._layouts[slide] = _layout_of_h5(self.file(slide)) if h5 else _layout(self.read(slide))
         return self._layouts[slide]
+
+    @property
+    def mapped(self) -> bool:
+        """Whether files are mapped into memory: ``.pt`` files that are zip archives. The first one stands for all."""
+        first = self._files[self.slides[0]]
+        return first.suffix not in H5_SUFFIXES and zipfile.is_zipfile(first)
 
     def holds_in_memory(self, slides: Iterable[str]) -> bool:
         """Whether ``read`` gives what lies in RAM for all of ``slides``."""
@@ -299,16 +306,18 @@ class _Counts(Mapping[str, int]):
         return slide in self._folder._files
 
 
-def _layout(path: Path) -> tuple[int, int, torch.dtype]:
-    """(N, D) and the type, without reading the values where the format allows it."""
-    if path.suffix in H5_SUFFIXES:
-        try:
-            with h5py.File(path, "r") as file:
-                name = next((n for n in FEATURE_NAMES if n in file), None)
-                if name is not None and file[name].ndim >= 2:
-                    empty = torch.from_numpy(np.empty(0, file[name].dtype))
-                    return int(file[name].shape[-2]), int(file[name].shape[-1]), empty.dtype
-        except (OSError, AttributeError, TypeError) as error:
-            raise UserError(f"{path}: is not a readable HDF5 file of features: {error}") from error
-    values = read_features(path).values
+def _layout(values: torch.Tensor) -> tuple[int, int, torch.dtype]:
     return int(values.shape[0]), int(values.shape[1]), values.dtype
+
+
+def _layout_of_h5(path: Path) -> tuple[int, int, torch.dtype]:
+    """(N, D) and the type, without reading the values where they are stored as usual."""
+    try:
+        with h5py.File(path, "r") as file:
+            name = next((n for n in FEATURE_NAMES if n in file), None)
+            if name is not None and file[name].ndim >= 2:
+                empty = torch.from_numpy(np.empty(0, file[name].dtype))
+                return int(file[name].shape[-2]), int(file[name].shape[-1]), empty.dtype
+    except (OSError, AttributeError, TypeError) as error:
+        raise UserError(f"{path}: is not a readable HDF5 file of features: {error}") from error
+    return _layout(read_features(path).values)

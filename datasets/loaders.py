@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from datasets.ahead import in_thread
+from datasets.ahead import in_threads
 from datasets.bags import Bags, TrainBags
 from datasets.coded import decoded
-from datasets.instances import FeatureSource, bag_size, common_form
+from datasets.instances import FeatureSource, Source, bag_size, common_form
 from datasets.ring import BatchRing, ring_for, size_of_form
 from utils.errors import UserError
 from utils.stop import ignore_stop_signals
@@ -26,7 +26,7 @@ class LoaderOptions:
     """How batches are prepared.
 
     Attributes:
-        workers: reading processes; 0 reads in the training process.
+        workers: reading processes, or reading threads (``read_by_threads``); 0 reads in the training process.
         prefetch: batches that each worker keeps ready.
         pin: page-locked memory for copies to a GPU.
         decoder: turns coded patches into pixels; for sources that hand on JPEGs (datasets.coded).
@@ -158,15 +158,17 @@ def train_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) 
 def feature_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) -> Iterator[Bags]:
     """Batches of features. A bag is 20 MB: readers copy it from the mapped file to where the device takes it from.
 
-    Reading processes do that, or, where there are none and the device copies by itself, a thread. Whole bags that lie
-    in RAM are handed on as they are.
+    Threads do that where copying is all there is to do, and processes elsewhere. Without workers it is the training
+    thread, or, where the device copies by itself, one thread. Whole bags that lie in RAM are handed on as they are.
     """
-    batches: Iterable[Bags] = map(bags.__getitem__, stream)
     if options.workers == 0 and (not options.pin or _ready(bags, stream.batch_size)):
-        return iter(batches)
-    bags.ring = ring_for(options.workers, options.prefetch, _batch_bytes(bags, stream.batch_size), options.pin)
-    if options.workers == 0:
-        return emptied(in_thread(batches, options.prefetch), bags.ring)
+        return map(bags.__getitem__, stream)
+    largest = _batch_bytes(bags, stream.batch_size)
+    if options.workers == 0 or read_by_threads(bags.sources):
+        threads, ahead = lead(options)
+        bags.ring = ring_for(0, ahead, largest, options.pin)
+        return emptied(in_threads(lambda keys: copied(bags[keys]), stream, threads, ahead), bags.ring)
+    bags.ring = ring_for(options.workers, options.prefetch, largest, options.pin)
     loader: DataLoader[Bags] = DataLoader(
         bags,
         sampler=stream,
@@ -175,8 +177,26 @@ def feature_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions
         prefetch_factor=options.prefetch,
         worker_init_fn=quiet_worker,
     )
-    # Taking a bag over from another process is 0.4 ms of Python; the backward pass does not need Python.
-    return emptied(in_thread(iter(loader), 1), bags.ring)
+    return emptied(loader, bags.ring)
+
+
+def read_by_threads(sources: Iterable[Source]) -> bool:
+    """Whether threads read as well as processes: copying mapped features leaves the interpreter to others.
+
+    Reading .h5 files and finding grid positions does not.
+    """
+    return all(isinstance(source, FeatureSource) and source.folder.mapped and source.grid is None for source in sources)
+
+
+def lead(options: LoaderOptions) -> tuple[int, int]:
+    """Reading threads, and the batches that they have under way or ready: ``prefetch`` for each, and one that waits."""
+    threads = max(options.workers, 1)
+    return threads, threads * options.prefetch + 1
+
+
+def copied(bags: Bags) -> Bags:
+    """In memory of their own, where they were too large for a buffer: reading a mapped bag is left to nobody else."""
+    return bags if bags.slot is not None else dataclasses.replace(bags, instances=bags.instances.clone())
 
 
 def _ready(bags: TrainBags, batch_size: int) -> bool:
@@ -194,17 +214,15 @@ def _ready(bags: TrainBags, batch_size: int) -> bool:
 
 
 def _batch_bytes(bags: TrainBags, batch_size: int) -> int:
-    """What the largest batch takes."""
+    """What the largest batch takes, in the type that holds the features of any two slides."""
     wanted = bags.plan.wanted(len(bags.sources))
-    sizes = []
+    counts = []
     for sample in bags.samples:
-        size = 0
-        for source, most in zip(bags.sources, wanted, strict=True):
-            count = bag_size(source, sample.slides)
-            taken = count if most is None else most if bags.plan.pad else min(most, count)
-            size += taken * size_of_form(common_form(source.form(slide) for slide in sample.slides))
-        sizes.append(size)
-    return sum(sorted(sizes)[-batch_size:])
+        own = [bag_size(source, sample.slides) for source in bags.sources]
+        most = [n if w is None else w if bags.plan.pad else min(w, n) for n, w in zip(own, wanted, strict=True)]
+        counts.append(sum(most))
+    form = common_form(s.form(slide) for s in bags.sources for sample in bags.samples for slide in sample.slides)
+    return sum(sorted(counts)[-batch_size:]) * size_of_form(form)
 
 
 def emptied(batches: Iterable[Bags], ring: BatchRing) -> Iterator[Bags]:

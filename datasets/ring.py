@@ -5,12 +5,13 @@ it: every page is mapped, zeroed and, for the copy to a GPU, locked anew. Here e
 for the whole run. They are mapped once, page-locked once, and handed back when the device has taken their content.
 
 Each reader owns as many buffers as it may have batches under way, and one more for the batch in use, so none ever waits
-for a buffer that cannot come back. A reader is a process, or a thread of the training process, which counts as one.
+for a buffer that cannot come back. A reader is a process, or all reading threads of the training process together.
 """
 
 from __future__ import annotations
 
 import math
+import queue
 from typing import Any
 
 import torch
@@ -34,8 +35,8 @@ class BatchRing:
     """The buffers of all readers.
 
     Args:
-        workers: reading processes; 0: one thread of this process.
-        prefetch: batches that each may have under way.
+        workers: reading processes; 0: threads of this process, which share the buffers.
+        prefetch: batches that each process, or all threads together, may have under way or ready.
         shape: of the largest batch, uint8.
         pin: lock the pages, so that copies to a GPU need no second one.
     """
@@ -49,7 +50,8 @@ class BatchRing:
         if pin:
             for buffer in self.buffers:
                 torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.numel(), 0)
-        self._free: list[Any] = [multiprocessing.SimpleQueue() for _ in range(max(workers, 1))]
+        processes: list[Any] = [multiprocessing.SimpleQueue() for _ in range(workers)]
+        self._free = processes or [queue.SimpleQueue()]
         for slot in range(len(self.buffers)):
             self.give_back(slot)
 
@@ -73,9 +75,9 @@ class BatchRing:
 
     def close(self) -> None:
         """Lets waiting readers finish what they were asked for, and unlocks the pages."""
-        for queue in self._free:
+        for free in self._free:
             for _ in range(self.prefetch):
-                queue.put(0)
+                free.put(0)
         if self.pinned:
             self.pinned = False
             torch.cuda.synchronize()
@@ -84,10 +86,14 @@ class BatchRing:
 
 
 def ring_for(workers: int, prefetch: int, largest: int, pin: bool) -> BatchRing:
-    """Buffers for batches of up to ``largest`` bytes, or of as many as ``MOST_BYTES`` for all buffers allow."""
+    """Buffers for batches of up to ``largest`` bytes, or of as many as ``MOST_BYTES`` for all buffers allow.
+
+    For ``workers`` and ``prefetch`` see BatchRing.
+    """
     share = MOST_BYTES // (max(workers, 1) * _each(workers, prefetch))
     return BatchRing(workers, prefetch, (max(min(largest, share), 1),), pin)
 
 
 def _each(workers: int, prefetch: int) -> int:
+    """Besides those under way: the batch in use, and, for a single reader, the one whose copy may not have ended."""
     return prefetch + (2 if workers <= 1 else 1)

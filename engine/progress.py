@@ -26,21 +26,26 @@ class LossMeter:
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._count = 0
-        self._last: tuple[HostCopy, list[str]] | None = None
+        self._last: HostCopy | None = None
+        self._bags: list[str] | None = None  # those of the last loss, until it was looked at
 
     def add(self, loss: Tensor, bags: list[str]) -> None:
         """Takes the loss of one step over the bags with these names."""
         self.check()
-        self._last = (HostCopy(loss), bags)
+        if self._last is None:
+            self._last = HostCopy(loss)
+        else:
+            self._last.take(loss)
+        self._bags = bags
         self._sum = loss.clone() if self._sum is None else self._sum + loss
         self._count += 1
 
     def check(self) -> None:
         """Raises UserError with the names of the bags when the last loss was NaN or infinite."""
-        if self._last is None:
+        if self._last is None or self._bags is None:
             return
-        value, bags = self._last[0].value(), self._last[1]
-        self._last = None
+        value, bags = self._last.value(), self._bags
+        self._bags = None
         if value != value or abs(value) == float("inf"):
             raise UserError(
                 f"the loss became {value} on the bags {', '.join(bags)}. Look at their patches or features; if "
