@@ -48,12 +48,13 @@ class SlideModel(nn.Module):
         if self.freeze_encoder and encoder is not None:
             encoder.requires_grad_(False)
 
-    def synchronise(self, cuda: bool) -> None:
+    def synchronise(self, torch_layers: bool) -> None:
         """From now on BatchNorm statistics in training are those of all processes (``modules.sync_batchnorm``)."""
         self.joined = True
-        self.mil = synchronised(self.mil, cuda)
+        largest_of_all(0)  # opens connections, which all processes have to do together
+        self.mil = synchronised(self.mil, torch_layers)
         if self.encoder is not None:
-            self.encoder = synchronised(self.encoder, cuda)
+            self.encoder = synchronised(self.encoder, torch_layers)
 
     def train(self, mode: bool = True) -> SlideModel:
         super().train(mode)
@@ -101,18 +102,24 @@ class SlideModel(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             calls = max(-(-len(instances) // self.chunk), 1)
             if self.joined and self.encoder.training:
-                calls = largest_of_all(calls, instances.device)
+                calls = largest_of_all(calls)
             if calls == 1:
-                return self.encoder(instances)
+                return self._encoded(instances)
             parts = instances.tensor_split(calls)
             if not (self.recompute and self.training and torch.is_grad_enabled()):
-                return torch.cat([self.encoder(part) for part in parts])
+                return torch.cat([self._encoded(part) for part in parts])
             again = [self._recomputed(part) for part in parts[:-1]]  # the last one's backward pass comes first anyway
-            return torch.cat([*again, self.encoder(parts[-1])])
+            return torch.cat([*again, self._encoded(parts[-1])])
+
+    def _encoded(self, part: Tensor) -> Tensor:
+        """One encoder call; compiled for no patches at all it would not take part in what processes do together."""
+        assert self.encoder is not None
+        features: Tensor = self.encoder(part) if len(part) else self.encoder.forward(part)
+        return features
 
     def _recomputed(self, part: Tensor) -> Tensor:
         features: Tensor = checkpoint(
-            self.encoder,
+            self._encoded,
             part,
             use_reentrant=False,
             context_fn=lambda: (contextlib.nullcontext(), frozen_statistics(self.encoder)),

@@ -14,11 +14,16 @@ import functools
 import importlib
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from modules.sync_batchnorm import JoinedBatchNorm, track
 
 STEM = ("conv1", "bn1", "act1", "maxpool")
 HALF = (torch.float16, torch.bfloat16)
 CHANNELS = (16, 32, 64, 128)
+JOINED = (nn.SyncBatchNorm, JoinedBatchNorm)
 
 
 def has_standard_stem(model: nn.Module) -> bool:
@@ -67,22 +72,23 @@ def fused_stem(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor | None:
         x: channels-last; converted to the type of a running autocast.
 
     Returns:
-        None where the plain modules must do it: other norms (SyncBatchNorm), layouts, types and devices, and patches
-        that need a gradient.
+        None where the plain modules must do it: other norms, layouts, types and devices, and patches that need a
+        gradient.
     """
     if not _runs_on(x):
         return None
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if not (isinstance(conv, nn.Conv2d) and type(norm) is nn.BatchNorm2d and _takes(norm, x)):
+    if not (isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm) and _takes(norm, x)):
         return None
     if not norm.training:
         return _evaluate(conv, norm, x)
-    count = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
-    if count < 2 or norm.momentum is None:
+    joined = _is_joined(norm)
+    alone = x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2) == 1
+    if (alone and not joined) or norm.momentum is None:
         return None
-    y, mean, var, *_ = torch.ops.abmilx.stem(x, conv.weight, norm.weight, norm.bias, norm.eps)
-    _track(norm, mean.detach(), var.detach() * (count / (count - 1)))
+    y, mean, var, count, *_ = torch.ops.abmilx.stem(x, conv.weight, norm.weight, norm.bias, norm.eps, joined)
+    track(norm, mean.detach(), var.detach(), count.detach())
     fused: Tensor = y
     return fused
 
@@ -91,28 +97,25 @@ def _runs_on(x: Tensor) -> bool:
     return x.is_cuda and _kernels_run()
 
 
-def _takes(norm: nn.BatchNorm2d, x: Tensor) -> bool:
-    plain = norm.affine and norm.weight.dtype == torch.float32 and norm.running_mean is not None
+def _takes(norm: _BatchNorm, x: Tensor) -> bool:
+    known = type(norm) is nn.BatchNorm2d or isinstance(norm, JOINED)
+    plain = known and norm.affine and norm.weight.dtype == torch.float32 and norm.running_mean is not None
     laid_out = x.dim() == 4 and x.shape[1] == 3 and x.is_contiguous(memory_format=torch.channels_last)
     differentiated = x.requires_grad and torch.is_grad_enabled()
-    return plain and laid_out and x.shape[0] > 0 and x.dtype in HALF and not differentiated
+    some = x.shape[0] > 0 or _is_joined(norm)  # a process without patches takes part in what all do together
+    return plain and laid_out and some and x.dtype in HALF and not differentiated
 
 
-def _evaluate(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+def _is_joined(norm: _BatchNorm) -> bool:
+    """Whether the statistics are those of all processes."""
+    return isinstance(norm, JOINED) and norm.training and dist.is_initialized()
+
+
+def _evaluate(conv: nn.Conv2d, norm: _BatchNorm, x: Tensor) -> Tensor:
     statistics = norm.running_mean, norm.running_var
     y, *_ = torch.ops.abmilx.stem_fixed(x, conv.weight, *statistics, norm.weight, norm.bias, norm.eps)
     fused: Tensor = y
     return fused
-
-
-def _track(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
-        return
-    share = 0.0 if norm.momentum is None else norm.momentum
-    with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean, share)
-        norm.running_var.lerp_(variance, share)
 
 
 @torch.compiler.assume_constant_result

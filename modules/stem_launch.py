@@ -7,6 +7,7 @@ channels-last.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -51,7 +52,7 @@ Maps = tuple[Tensor, Tensor, Tensor]
 """The gradient of y, the places of the maxima, and z."""
 
 Sums = tuple[Tensor, Tensor]
-"""Sums over all pixels: of the gradient d behind ReLU, and of d x^."""
+"""Sums over all pixels, or means: of the gradient d behind ReLU, and of d x^."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,13 @@ def _fours(z: Tensor) -> int:
     return ((z.shape[2] + 1) // 2) * ((z.shape[3] + 1) // 2)
 
 
+def _run(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Starts so many programs where the first argument lies; none for no patches."""
+    if programs:
+        with torch.cuda.device_of(arguments[0]):
+            kernel[(programs,)](*arguments, **options)
+
+
 def packed(w: Tensor, dtype: torch.dtype) -> Tensor:
     """Weights (C, 3, 7, 7) as the matrix (8 * 32, C) that the kernels take; its rows: kernel row, column, colour."""
     lines = w.to(dtype).permute(2, 3, 1, 0).reshape(7, 21, len(w))
@@ -108,12 +116,12 @@ def convolve(x: Tensor, w: Tensor, tiles: Tiles | None = None) -> tuple[Tensor, 
     z = convolved_like(x, w)
     programs, channels = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1]
     means, squares = x.new_empty((2, programs, channels), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        kernels.convolve[(programs,)](
-            *(x, packed(w, x.dtype), z, means, squares),
-            *(*x.shape[2:], channels),
-            **(tiles.options() | {"LINES": tiles.lines, "PRECISION": _precision(x)}),
-        )
+    _run(
+        kernels.convolve,
+        programs,
+        (x, packed(w, x.dtype), z, means, squares, *x.shape[2:], channels),
+        tiles.options() | {"LINES": tiles.lines, "PRECISION": _precision(x)},
+    )
     return z, means, squares
 
 
@@ -133,12 +141,12 @@ def pool(z: Tensor, norm: Norm, tiles: Tiles | None = None) -> tuple[Tensor, Ten
     tiles = tiles or TILES["pool"]
     y, where = pooled_like(z, z.dtype), pooled_like(z, torch.uint8)
     programs = len(z) * triton.cdiv(y.shape[2], tiles.repeat) * triton.cdiv(y.shape[3], tiles.rows)
-    with torch.cuda.device_of(z):
-        kernels.pool[(programs,)](
-            *(z, norm.mean, norm.var, norm.weight, norm.bias, y, where, norm.eps),
-            *(*z.shape[2:], z.shape[1]),
-            **tiles.options(),
-        )
+    _run(
+        kernels.pool,
+        programs,
+        (z, norm.mean, norm.var, norm.weight, norm.bias, y, where, norm.eps, *z.shape[2:], z.shape[1]),
+        tiles.options(),
+    )
     return y, where
 
 
@@ -147,24 +155,24 @@ def reduce_gradient(maps: Maps, norm: Norm, tiles: Tiles | None = None) -> Sums:
     tiles, z = tiles or TILES["reduce"], maps[2]
     programs, channels = _programs(z, _fours(z), tiles), z.shape[1]
     parts = z.new_empty((2, programs, channels), dtype=torch.float32)
-    with torch.cuda.device_of(z):
-        kernels.reduce_gradient[(programs,)](
-            *(*maps, norm.mean, norm.var, *parts, norm.eps),
-            *(*z.shape[2:], channels),
-            **tiles.options(),
-        )
+    _run(
+        kernels.reduce_gradient,
+        programs,
+        (*maps, norm.mean, norm.var, *parts, norm.eps, *z.shape[2:], channels),
+        tiles.options(),
+    )
     return parts[0].sum(0), parts[1].sum(0)
 
 
-def weight_gradient(x: Tensor, maps: Maps, norm: Norm, sums: Sums, tiles: Tiles | None = None) -> Tensor:
-    """The gradient of the convolution's weights (C, 3, 7, 7), float32, from the sums of ``reduce_gradient``."""
+def weight_gradient(x: Tensor, maps: Maps, norm: Norm, means: Sums, tiles: Tiles | None = None) -> Tensor:
+    """The gradient of the convolution's weights (C, 3, 7, 7), float32; ``means`` of d and d x^ over the batch."""
     tiles, z = tiles or TILES["weights"], maps[2]
-    programs, channels, count = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1], z.numel() // z.shape[1]
+    programs, channels = _programs(z, z.shape[2] * z.shape[3], tiles), z.shape[1]
     parts = x.new_empty((programs, channels, LINES * LINE), dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        kernels.weight_gradient[(programs,)](
-            *(x, *maps, norm.mean, norm.var, norm.weight, sums[0] / count, sums[1] / count, parts, norm.eps),
-            *(*x.shape[2:], channels),
-            **(tiles.options() | {"PRECISION": _precision(x)}),
-        )
+    _run(
+        kernels.weight_gradient,
+        programs,
+        (x, *maps, norm.mean, norm.var, norm.weight, *means, parts, norm.eps, *x.shape[2:], channels),
+        tiles.options() | {"PRECISION": _precision(x)},
+    )
     return unpacked(parts.sum(0))

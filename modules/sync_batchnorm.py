@@ -1,25 +1,28 @@
 """BatchNorm whose statistics are those of the batch of all processes (``--sync_bn``).
 
-On CUDA torch's own layer does this, through timm's conversion, which keeps the activation that some timm layers
-hold. On a CPU, where torch's layer refuses to work, ``JoinedBatchNorm`` does: slower, the same numbers.
+``JoinedBatchNorm`` is made of plain operations and collectives that torch.compile takes into its graph, where they fuse
+with what is around them. Uncompiled on CUDA torch's own layer is faster, through timm's conversion, which keeps the
+activation that some timm layers hold; on a CPU it refuses to work.
 
 Shapes: P rows of this process (patches), C channels; further dimensions are positions.
 """
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
+from torch.distributed import _functional_collectives as collectives
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class JoinedBatchNorm(_BatchNorm):
     """``nn.BatchNorm1d`` and ``2d`` over the rows of all processes, who may hold different numbers of them, or none.
 
-    Mean and variance are sums over the processes in two passes, and so are their gradients: every process must call
-    the layer, and its backward pass, equally often and in the same order.
+    Every process must call the layer, and its backward pass, equally often and in the same order.
 
     Attributes:
         drop, act: what a timm layer that joins norm and activation does behind the norm.
@@ -44,33 +47,103 @@ class JoinedBatchNorm(_BatchNorm):
 
     def _joined(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            full, channels = x.float(), [1, -1] + [1] * (x.dim() - 2)
-            places = [d for d in range(x.dim()) if d != 1]
-            own = full.new_tensor([full.numel() // x.shape[1]])
-            sums = all_reduce(torch.cat([full.sum(places), own]))
-            count = sums[-1].clamp(min=1)
-            mean = sums[:-1] / count
-            centred = full - mean.view(channels)
-            variance = all_reduce((centred**2).sum(places)) / count
-            self._track(mean.detach(), (variance * count / (count - 1).clamp(min=1)).detach())
-            out = centred * (variance + self.eps).rsqrt().view(channels)
-            if self.affine:
-                out = out * self.weight.view(channels) + self.bias.view(channels)
-        return out.to(x.dtype)
-
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        if self.running_mean is None or self.running_var is None or self.num_batches_tracked is None:
-            return
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            share = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(variance, share)
+            out, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
+            track(self, mean, variance, count)
+        return out
 
 
-def synchronised(model: nn.Module, cuda: bool) -> nn.Module:
-    """``model`` with its BatchNorm layers replaced; names and values of weights and buffers stay."""
-    if cuda:
+def track(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor | int) -> None:
+    """Advances the running statistics by those of a batch: (C,) mean, biased variance, and how many numbers it had."""
+    if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
+        return
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+        unbiased = variance * (count / (torch.as_tensor(count) - 1).clamp(min=1))
+        norm.running_mean.lerp_(mean.to(norm.running_mean), share)
+        norm.running_var.lerp_(unbiased.to(norm.running_var), share)
+
+
+class _Normalise(torch.autograd.Function):
+    """The normalisation of one layer, from the moments of all processes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The normalised x; mean, biased variance (C,) and number of the rows' positions of all processes."""
+        full, shape = x.float(), _channels(x)
+        variance, mean = torch.var_mean(full, _places(x), correction=0)
+        mean, variance, count = joined_moments(mean, variance, full.numel() // x.shape[1])
+        rstd = (variance + eps).rsqrt()
+        out = (full - mean.view(shape)) * rstd.view(shape)
+        if weight is not None and bias is not None:
+            out = out * weight.view(shape) + bias.view(shape)
+        ctx.save_for_backward(x, weight, mean, rstd, count)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return _in_type(out, x.dtype), mean, variance, count
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: Tensor, of_mean: Tensor, of_variance: Tensor, of_count: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients in x, weight and bias; the latter two of the own rows alone, as of any parameter."""
+        x, weight, mean, rstd, count = ctx.saved_tensors
+        shape, places = _channels(x), _places(x)
+        slope, standard = grad.float(), (x.float() - mean.view(shape)) * rstd.view(shape)
+        bias_gradient, weight_gradient = slope.sum(places), (slope * standard).sum(places)
+        total, product = joined_sum(torch.cat([bias_gradient, weight_gradient]) / count).chunk(2)
+        factor = rstd if weight is None else rstd * weight
+        inner = (slope - total.view(shape) - standard * product.view(shape)) * factor.view(shape)
+        if weight is None:
+            return _in_type(inner, x.dtype), None, None, None
+        return _in_type(inner, x.dtype), weight_gradient, bias_gradient, None
+
+
+def joined_moments(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and biased variance (C,) of the numbers of all processes, and how many they are, from those of each.
+
+    Sums of squares in double precision: single precision would lose the variance of numbers far from zero.
+    """
+    if count == 0:  # the mean of nothing is not a number
+        mean, variance = torch.zeros_like(mean), torch.zeros_like(variance)
+    own, spread = mean.double(), variance.double()
+    number = torch.full((1,), count, dtype=torch.float64, device=mean.device)
+    sums = joined_sum(torch.cat([own * count, (spread + own * own) * count, number]))
+    total = sums[-1:].clamp(min=1)
+    first, second = (sums[:-1] / total).chunk(2)
+    return first.float(), (second - first * first).clamp(min=0).float(), total.float()
+
+
+def joined_sum(value: Tensor) -> Tensor:
+    """The sum over all processes."""
+    everyone = dist.group.WORLD
+    assert everyone is not None
+    total: Tensor = collectives.wait_tensor(collectives.all_reduce(value, "sum", everyone))
+    return total
+
+
+def _in_type(value: Tensor, kind: torch.dtype) -> Tensor:
+    """As ``value.to(kind)``; behind a conversion that changes nothing torch.compile (2.11) loses the gradient."""
+    return value if value.dtype == kind else value.to(kind)
+
+
+def _places(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _channels(x: Tensor) -> list[int]:
+    return [1, -1] + [1] * (x.dim() - 2)
+
+
+def synchronised(model: nn.Module, torch_layers: bool) -> nn.Module:
+    """``model`` with its BatchNorm layers replaced; names and values of weights and buffers stay.
+
+    Args:
+        model: a module with or without BatchNorm.
+        torch_layers: by torch's own layer, for CUDA where nothing is compiled; else by ``JoinedBatchNorm``.
+    """
+    if torch_layers:
         from timm.layers import convert_sync_batchnorm
 
         converted: nn.Module = convert_sync_batchnorm(model)
@@ -78,12 +151,18 @@ def synchronised(model: nn.Module, cuda: bool) -> nn.Module:
     if isinstance(model, _BatchNorm):
         return JoinedBatchNorm(model)
     for name, child in model.named_children():
-        setattr(model, name, synchronised(child, cuda))
+        setattr(model, name, synchronised(child, torch_layers))
     return model
 
 
-def largest_of_all(number: int, device: torch.device) -> int:
-    """The largest ``number`` of all processes, the same on each of them."""
-    value = torch.full((), number, device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
+def largest_of_all(number: int) -> int:
+    """The largest ``number`` of all processes, the same on each of them; no device is waited for."""
+    value = torch.tensor(number)
+    dist.all_reduce(value, dist.ReduceOp.MAX, group=_hosts(dist.group.WORLD))
     return int(value)
+
+
+@functools.lru_cache(maxsize=1)
+def _hosts(world: Any) -> Any:
+    """A group of the same processes that exchanges numbers in host memory."""
+    return world if dist.get_backend(world) == "gloo" else dist.new_group(backend="gloo")

@@ -159,6 +159,37 @@ def normalised(processes: Processes) -> dict[str, Any]:
     return own | {"mean": norm.running_mean, "var": norm.running_var}
 
 
+def residual() -> nn.Module:
+    """Layers with two ways that join, each with a norm: a compiler could exchange their sums in another order."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.beside, self.norm_beside = nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(self.norm(self.first(x)) + self.norm_beside(self.beside(x))).mean((2, 3))
+
+    return Block()
+
+
+def compiled_encoder(processes: Processes) -> dict[str, Any]:
+    """Features, gradients and statistics of a compiled encoder; of three processes one has no patches."""
+    torch.manual_seed(0)
+    task, patches = TASKS["classes"], torch.randn(7, 3, 6, 6)
+    model = SlideModel(build_mil("abmil", 8, task.outputs, ModelConfig(inner_dim=8)), residual(), 512)
+    if processes.world > 1:
+        model.synchronise(torch_layers=False)
+        model.encoder.compile(backend="aot_eager", fullgraph=True)
+    begins = [0, 4, 4, 7] if processes.world > 1 else [0, 7]
+    mine = slice(*begins[processes.rank : processes.rank + 2])
+    features = model.train().encode(patches[mine])
+    (features * torch.randn(7, 8)[mine]).sum().backward()
+    gradients = {k: p.grad for k, p in model.encoder.named_parameters()}
+    return {"features": features.detach(), "gradients": gradients, "buffers": dict(model.encoder.named_buffers())}
+
+
 ROWS = [1e3 + 5 * torch.randn(n, 4, 2, 3, generator=torch.Generator().manual_seed(n)) for n in (5, 0, 1)]
 """Far from zero: a sum of squares in one pass would lose the variance."""
 
@@ -217,6 +248,16 @@ def test_a_joined_norm_is_the_norm_of_the_joined_batch_also_of_a_process_without
     torch.testing.assert_close(sum(own["weight"] for own in found), norm.weight.grad, rtol=1e-3, atol=1e-2)
 
 
+def test_a_compiled_encoder_joins_its_statistics(tmp_path: Path) -> None:
+    (alone,) = results_of(compiled_encoder, 1, tmp_path / "1")
+    found = results_of(compiled_encoder, 3, tmp_path / "3")
+    torch.testing.assert_close(torch.cat([f["features"] for f in found]), alone["features"])
+    for name, gradient in alone["gradients"].items():
+        torch.testing.assert_close(sum(f["gradients"][name] for f in found), gradient, rtol=1e-4, atol=1e-5)
+    for own in found:
+        torch.testing.assert_close(own["buffers"], alone["buffers"])
+
+
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c.head in RANDOM or n == "several calls"])
 def test_processes_agree_also_where_they_cannot_equal_one(results: dict[int, Any], name: str) -> None:
     """Every process draws its own numbers; encoder calls join the k-th part of every process's patches."""
@@ -256,10 +297,10 @@ def test_synchronised_layers_keep_names_values_and_what_evaluation_says() -> Non
             buffer.add_(1) if buffer.is_floating_point() else None
     x = torch.randn(4, 3, 6, 6)
     before, names = plain(x), {k: v.clone() for k, v in plain.state_dict().items()}
-    joined = synchronised(plain, cuda=False)
+    joined = synchronised(plain, torch_layers=False)
     assert sum(isinstance(m, JoinedBatchNorm) for m in joined.modules()) == 2
     torch.testing.assert_close(joined(x), before)
     assert {k: v.shape for k, v in joined.state_dict().items()} == {k: v.shape for k, v in names.items()}
-    on_gpu = synchronised(encoder(), cuda=True)
+    on_gpu = synchronised(encoder(), torch_layers=True)
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in on_gpu.modules()) == 2
     assert any(isinstance(m, nn.SiLU) for m in on_gpu.modules())

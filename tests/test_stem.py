@@ -76,7 +76,6 @@ def test_what_the_kernels_do_not_take_is_left_to_the_plain_modules(
     assert not stem._takes(norm, half[:0])
     assert not stem._takes(norm, half.clone().requires_grad_())
     assert not stem._takes(copy.deepcopy(norm).half(), half)
-    assert fused_stem(conv, synchronised(copy.deepcopy(norm), cuda=False), half) is None
     assert fused_stem(conv, norm, half[:1, :, :2, :2]) is None  # one pixel has no variance
     norm.momentum = None
     assert fused_stem(conv, norm, half) is None
@@ -89,4 +88,4 @@ def test_state_and_conversion_do_not_know_of_it(r18: nn.Module) -> None:
     x = torch.randn(2, 3, 32, 32)
     r18.eval(), plain.eval()
     assert torch.equal(r18(x), plain(x))
-    assert isinstance(synchronised(copy.deepcopy(r18), cuda=False).model.bn1, JoinedBatchNorm)
+    assert isinstance(synchronised(copy.deepcopy(r18), torch_layers=False).model.bn1, JoinedBatchNorm)

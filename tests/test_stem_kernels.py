@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 
 import pytest
 import torch
@@ -55,8 +56,8 @@ def whole_stem_equals_the_plain_modules(ops) -> None:  # type: ignore[no-untyped
         exact = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
 
         def fused(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-            y, mean, var, *_ = ops.stem(x, conv.weight, norm.weight, norm.bias, norm.eps)
-            count = y.new_tensor(x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2))
+            y, mean, var, count, *_ = ops.stem(x, conv.weight, norm.weight, norm.bias, norm.eps, False)
+            assert int(count) == x.shape[0] * ((x.shape[2] + 1) // 2) * ((x.shape[3] + 1) // 2)
             norm.num_batches_tracked.add_(1)
             norm.running_mean.lerp_(mean.detach(), 0.1)
             norm.running_var.lerp_(var.detach() * count / (count - 1), 0.1)
@@ -148,24 +149,67 @@ def module_switches_between_fused_and_plain() -> None:
     assert list(encoder.state_dict()) == list(reference.state_dict())
 
 
+PATCHES = (2, 0, 3)
+"""Of each of the processes that join their statistics."""
+
+
+def joined_stem_equals_the_plain_modules_on_all_patches(rank: int, folder: str) -> None:
+    """One of three processes, one of which has no patches; through ``fused_stem``, eagerly and compiled."""
+    import torch.distributed as dist
+
+    from modules import stem
+    from modules.sync_batchnorm import JoinedBatchNorm
+
+    prepare()
+    stem._runs_on = lambda x: True
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(PATCHES))
+    everything, (conv, norm) = patches(10, 12, sum(PATCHES)).half(), layers()
+    exact = copy.deepcopy(conv).double(), copy.deepcopy(norm).double()
+    mine = slice(sum(PATCHES[:rank]), sum(PATCHES[: rank + 1]))
+    compiled = torch.compile(stem.fused_stem, backend="aot_eager", fullgraph=True)
+    want = exact[1](exact[0](everything.double()))
+    want = functional.max_pool2d(functional.relu(want), 3, 2, 1)
+    slope = torch.randn(want.shape, dtype=torch.float64)
+    want.backward(slope)
+    for run in (stem.fused_stem, compiled if PATCHES[rank] else stem.fused_stem):
+        own_conv, own_norm = copy.deepcopy(conv), JoinedBatchNorm(copy.deepcopy(norm))
+        y = run(own_conv, own_norm, everything[mine])
+        assert y.shape == want[mine].shape
+        y.backward(slope[mine].to(y.dtype))
+        gradients = [p.grad for p in (*own_conv.parameters(), *own_norm.parameters())]
+        for gradient in gradients:
+            dist.all_reduce(gradient)
+        close([y.detach(), *gradients], [want[mine].detach(), *(p.grad for m in exact for p in m.parameters())], 5e-3)
+        close(list(own_norm.buffers()), list(exact[1].buffers()), 1e-3)
+    dist.destroy_process_group()
+
+
 def _nothing():  # type: ignore[no-untyped-def]
     import contextlib
 
     return contextlib.nullcontext()
 
 
-def check_all() -> None:
+def prepare() -> None:
     mend_interpreter()
     from modules import stem_launch, stem_triton  # noqa: F401  # the latter registers the operators
 
     torch.manual_seed(0)
     stem_launch.TILES.update({name: stem_launch.Tiles(16, 2, lines=2) for name in stem_launch.TILES})
+
+
+def check_all() -> None:
+    prepare()
+    from modules import stem_launch
+
     whole_stem_equals_the_plain_modules(torch.ops.abmilx)
     given_statistics_are_constants(torch.ops.abmilx)
     ties_go_to_the_first_maximum()
     what_is_not_a_number_stays_visible()
     stem_launch.TILES.update({name: stem_launch.Tiles(64, 2, lines=8) for name in stem_launch.TILES})
     module_switches_between_fused_and_plain()
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(joined_stem_equals_the_plain_modules_on_all_patches, (folder,), nprocs=len(PATCHES))
 
 
 def test_kernels_and_gradients_equal_the_plain_modules() -> None:
