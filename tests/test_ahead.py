@@ -16,15 +16,17 @@ from datasets.ahead import in_thread, in_threads
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OPEN = """
-import time, torch
+import torch
 from datasets.ahead import in_threads
 
 def work(number):
-    time.sleep(0.2)
-    return torch.ones(1000).add(number)
+    values = torch.ones(100_000)
+    for _ in range(1000):
+        values = values.mul(2).sqrt().index_select(0, torch.arange(100_000))
+    return number
 
 items = in_threads(work, range(1000), threads=3, ahead=5)
-print(next(items)[0].item())
+print(next(items))
 """
 
 
@@ -119,7 +121,7 @@ def test_threads_of_torch_are_divided_and_those_of_others_stay() -> None:
 
 def test_a_program_that_leaves_threads_at_work_ends_well() -> None:
     done = subprocess.run([sys.executable, "-c", LEFT_OPEN], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "1.0\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
 
 def numbers(until: int, made: list[int], fail_at: int = -1) -> Iterator[int]:

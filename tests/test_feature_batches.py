@@ -121,7 +121,7 @@ def h5_copy(features: Path, root: Path) -> Path:
     for file in (features / "pt_files").iterdir():
         with h5py.File(root / "h5_files" / f"{file.stem}.h5", "w") as h5:
             h5["features"] = torch.load(file, weights_only=True).numpy()
-            h5["coords"] = [[256 * x, 512] for x in range(len(h5["features"]))]
+            h5["coords"] = [[256 * x, 256 * len(h5["features"])] for x in range(len(h5["features"]))]
     return root
 
 
@@ -258,12 +258,14 @@ def test_evaluation_reads_mapped_features_by_threads(
 ) -> None:
     monkeypatch.setattr(ring, "MOST_BYTES", most)
     folder = FeatureFolder(features)
+    mapped = {folder.read(f"s{i}").data_ptr() for i in range(len(SIZES))}
     for options in (LoaderOptions(1), LoaderOptions(2, 1), LoaderOptions(6), LoaderOptions(6, pin=True)):
         reader = reader_of(folder, options)
         for _ in range(3):
             found = evaluated(reader)
             assert [index for _, index in found] == [[i] for i in range(len(SIZES))]
             assert all(torch.equal(values, folder.read(f"s{i}")) for values, (i,) in found)
+            assert not mapped & {bags.instances.data_ptr() for bags in reader.read("val")}
             assert not own_threads()
             assert not multiprocessing.active_children()
         assert reader._ring is not None
@@ -300,7 +302,7 @@ def test_positions_are_those_of_the_bag_whatever_other_threads_prepare(features:
     parts = Interrupted(samples(), FeatureSource(FeatureFolder(features), Grid(h5, h5)), WHOLE, range(len(SIZES)))
     found = parts[0].pos
     assert found is not None
-    assert len(found) == SIZES[0]
+    assert found.tolist() == [[x, SIZES[0]] for x in range(SIZES[0])]
 
 
 def test_form_of_a_batch_holds_every_slide_exactly(features: Path) -> None:

@@ -21,7 +21,7 @@ class HostCopy:
         self.take(number)
 
     def take(self, number: Tensor) -> None:
-        """Another number, once the one before is not asked for any more: fresh page-locked memory costs every step time."""
+        """Another number, once the one before is not asked for any more; making room anew costs every step time."""
         if not number.is_cuda:
             self._number, self._there = number, None
             return
