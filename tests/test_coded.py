@@ -223,18 +223,6 @@ def test_what_the_gpu_refuses_the_cpu_decodes() -> None:
 
 
 @pytest.mark.gpu
-def test_a_damaged_patch_leaves_its_neighbours_alone() -> None:
-    jpegs = tissue(9)
-    damaged = bytearray(jpegs[4])
-    damaged[-2000:-1000] = bytes(v if v != 0xFF else 0 for v in np.random.default_rng(0).integers(0, 256, 1000))
-    decoder = GpuDecoder(torch.device("cuda"), 256, "rgb")
-    whole = decoder(pack(jpegs))
-    mixed = decoder(pack([*jpegs[:4], bytes(damaged), *jpegs[5:]]))
-    others = [0, 1, 2, 3, 5, 6, 7, 8]
-    assert torch.equal(mixed[others], whole[others])
-
-
-@pytest.mark.gpu
 def test_two_decoders_work_side_by_side() -> None:
     """Training goes on preparing batches while an evaluation begins."""
     jpegs = tissue(128)

@@ -190,6 +190,31 @@ def compiled_encoder(processes: Processes) -> dict[str, Any]:
     return {"features": features.detach(), "gradients": gradients, "buffers": dict(model.encoder.named_buffers())}
 
 
+def fused_encoder(processes: Processes) -> dict[str, Any]:
+    """Features and gradients of a ResNet on GPUs, half precision, with joined statistics of either kind."""
+    from modules.encoders import build_encoder
+
+    found = {}
+    for torch_layers in (True, False):
+        torch.manual_seed(0)
+        patches, slope = torch.randn(24, 3, 96, 96), torch.randn(24, 256)
+        encoder = build_encoder("r18", pretrained=False)
+        model = SlideModel(build_mil("abmil", encoder.width, 3, ModelConfig(inner_dim=8)), encoder, 512)
+        model = model.to(processes.device, memory_format=torch.channels_last)
+        if processes.world > 1:
+            model.synchronise(torch_layers)
+        mine = slice(*((0, 24) if processes.world == 1 else ((0, 10), (10, 24))[processes.rank]))
+        inputs = patches[mine].to(processes.device, memory_format=torch.channels_last)
+        with torch.autocast("cuda", torch.bfloat16):
+            features = model.train().encode(inputs)
+        (features.float() * slope[mine].to(processes.device)).sum().backward()
+        gradients = {k: p.grad.float().cpu() for k, p in encoder.named_parameters()}
+        buffers = {k: b.cpu() for k, b in model.encoder.named_buffers() if b.is_floating_point()}
+        name = "torch" if torch_layers else "own"
+        found[name] = {"features": features.detach().float().cpu(), "gradients": gradients, "buffers": buffers}
+    return found
+
+
 ROWS = [1e3 + 5 * torch.randn(n, 4, 2, 3, generator=torch.Generator().manual_seed(n)) for n in (5, 0, 1)]
 """Far from zero: a sum of squares in one pass would lose the variance."""
 
@@ -229,6 +254,25 @@ def test_steps_of_two_gpus_are_those_of_one(tmp_path: Path) -> None:
         for name in names:
             if name != "several calls":  # there it is enough that it comes to an end
                 assert_same(found[name], alone[name], tolerance=1e-2)
+
+
+@pytest.mark.gpu
+def test_a_fused_encoder_joins_the_statistics_of_two_gpus(tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    (alone,) = results_of(fused_encoder, 1, tmp_path / "1", device="cuda")
+    found = results_of(fused_encoder, 2, tmp_path / "2", device="cuda")
+
+    def far(got: Tensor, want: Tensor) -> float:
+        return float((got - want).norm() / (want.norm() + 1e-6))
+
+    for name, want in alone.items():
+        assert far(torch.cat([f[name]["features"] for f in found]), want["features"]) < 0.02
+        for key, gradient in want["gradients"].items():
+            assert far(sum(f[name]["gradients"][key] for f in found), gradient) < 0.1, key
+        for own in found:
+            for key, buffer in want["buffers"].items():
+                assert far(own[name]["buffers"][key], buffer) < 0.01, key
 
 
 def test_a_joined_norm_is_the_norm_of_the_joined_batch_also_of_a_process_without_rows(tmp_path: Path) -> None:
