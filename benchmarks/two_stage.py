@@ -39,9 +39,9 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 WAYS = (
     ("in RAM (--persistence)", ("--persistence",)),
-    ("mapped, read by a thread (--num_workers=0)", ("--num_workers=0",)),
-    ("mapped, 2 reading processes", ("--num_workers=2",)),
-    ("mapped, 6 reading processes (default)", ()),
+    ("mapped, one thread (--num_workers=0)", ("--num_workers=0",)),
+    ("mapped, 2 threads", ("--num_workers=2",)),
+    ("mapped, 6 threads (default)", ()),
 )
 """Name, options."""
 

@@ -46,6 +46,7 @@ class BatchRing:
         nothing = torch.empty(0, dtype=torch.uint8)
         storages = [torch.UntypedStorage._new_shared(math.prod(shape)) for _ in range(max(workers, 1) * self.each)]
         self.buffers = [nothing.new_empty(0).set_(storage).view(shape) for storage in storages]
+        self._views: dict[tuple[int, Form], Tensor] = {}
         self.pinned = pin
         if pin:
             for buffer in self.buffers:
@@ -61,8 +62,12 @@ class BatchRing:
 
     def view(self, slot: int, count: int, form: Form) -> Tensor:
         """The first ``count`` instances of a buffer."""
-        content = self.buffers[slot].view(-1)[: count * size_of_form(form)]
-        return content.view(form[1]).view(count, *form[0])
+        whole = self._views.get((slot, form))  # each step from there to here would let go of the interpreter's lock
+        if whole is None:
+            most = self.buffers[slot].numel() // size_of_form(form)
+            content = self.buffers[slot].view(-1)[: most * size_of_form(form)]
+            whole = self._views[slot, form] = content.view(form[1]).view(most, *form[0])
+        return whole[:count]
 
     def take(self) -> int:
         """In a reader: one of its buffers that is free; waits for the device where none is."""

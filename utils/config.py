@@ -118,9 +118,9 @@ class DataConfig:
         0,
         "0: every patch draws its own crop; n: n groups per batch share one crop and shift, as the published code did",
     )
-    num_workers: int = option(6, "reading processes for training")
-    num_workers_test: int | None = option(None, "reading processes for evaluation; default: num_workers")
-    prefetch_factor: int = option(2, "batches that each reading process keeps ready")
+    num_workers: int = option(6, "reading processes for training; features in mapped .pt files: reading threads")
+    num_workers_test: int | None = option(None, "the same for evaluation; default: num_workers")
+    prefetch_factor: int = option(2, "batches that each reading process or thread keeps ready")
     jpeg_decoder: str = option(
         "auto",
         "who decodes patches; auto: the GPU (nvJPEG) where this process has few CPU cores, else the reading processes",
