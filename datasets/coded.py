@@ -9,6 +9,7 @@ Shapes: R rows, W bytes of the longest row, P patches of all rows, S stored size
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -17,10 +18,15 @@ from torch import Tensor
 
 from datasets.ahead import in_thread
 from datasets.bags import Bags
-from datasets.jpeg import JpegError, decode
+from datasets.jpeg import JpegError, decode, encode
 from datasets.nvjpeg import Images, NvJpeg, NvJpegError
 from datasets.planes import interleaved
-from datasets.stacks import HEAD, heads, jpegs_of
+from datasets.stacks import HEAD, TALLEST_PX, heads, jpegs_of, pack
+
+log = logging.getLogger(__name__)
+
+MOST_APART = 8
+"""Grey levels from which on a decoder is wrong, not another one: on tissue they differ by one at most."""
 
 
 def is_coded(instances: Tensor) -> bool:
@@ -44,6 +50,8 @@ class GpuDecoder:
         self.device, self.side_px, self.order = device, side_px, order
         self.codec = NvJpeg(device)
         self.stream = torch.cuda.Stream(device, priority=-1)  # its small kernels go between the large ones of the step
+        self._refused = False
+        self._try_out()
 
     @property
     def engines(self) -> bool:
@@ -55,10 +63,32 @@ class GpuDecoder:
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             try:
                 patches = self._decode(rows)
-            except NvJpegError:
+            except NvJpegError as error:
+                self._say_refused(error)
                 patches = decode_rows(rows, self.side_px, self.order).to(self.device)
             self.stream.synchronize()
         return patches
+
+    def _try_out(self) -> None:
+        """Not every GPU need take stacks as tall as those that this was written on.
+
+        Raises:
+            NvJpegError: when the tallest stack does not decode to what the CPU makes of its patches.
+        """
+        ramp = np.linspace(0, 255, self.side_px)
+        picture = np.stack(np.broadcast_arrays(ramp, ramp[:, None], ramp[::-1]), -1)
+        jpeg = encode(picture.astype(np.uint8))
+        rows = pack([jpeg] * max(TALLEST_PX // self.side_px, 1))
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            got = self._decode(rows).cpu()
+        want = torch.from_numpy(decode(jpeg, order=self.order))
+        if int((got.int() - want.int()).abs().max()) > MOST_APART:
+            raise NvJpegError("this GPU decodes stacks of JPEGs to other pixels than the CPU")
+
+    def _say_refused(self, error: NvJpegError) -> None:
+        if not self._refused:
+            log.warning("The GPU refused a batch of JPEGs (%s); one CPU core decodes such batches, slowly.", error)
+        self._refused = True
 
     def _decode(self, rows: Tensor) -> Tensor:
         head = heads(rows)

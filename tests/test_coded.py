@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_stacks import planes_of
 from tiny import SIDE_PX, make_tiny_cohort
 from torch import Tensor
 
@@ -25,6 +28,7 @@ from datasets.instances import CodedSource, PixelSource, Source
 from datasets.jpeg import decode, encode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream, train_batches
+from datasets.nvjpeg import Images, NvJpeg, NvJpegError
 from datasets.stacks import heads, pack
 from datasets.store import PatchStore, StoreHeader, StoreWriter
 from datasets.views import ViewPlan
@@ -190,6 +194,78 @@ def tissue(count: int, seed: int = 0) -> list[bytes]:
     return [encode(np.clip(image, 0, 255).astype(np.uint8), 80) for image in coarse]
 
 
+class PlainNvJpeg:
+    """What nvJPEG does, by libjpeg and in host memory; refuses what the engines refuse."""
+
+    backend = NvJpeg.ENGINES
+    worst = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def decode(self, addresses: np.ndarray, sizes: np.ndarray, images: Images) -> None:
+        self.calls.append((len(addresses), images.form))
+        jpegs = [ctypes.string_at(int(a), int(n)) for a, n in zip(addresses, sizes, strict=True)]
+        if any(Image.open(io.BytesIO(j)).info.get("progressive") for j in jpegs):
+            raise NvJpegError("nvjpegDecodeBatched answers 2")
+        for row, jpeg in enumerate(jpegs):
+            if images.form == NvJpeg.PLANES:
+                channels = [plane.numpy() for plane in planes_of(jpeg)]
+            else:
+                channels = [decode(jpeg, order="bgr" if images.form == NvJpeg.BGR else "rgb")]
+            for channel, begins, pitch in zip(channels, images.addresses, images.pitches, strict=True):
+                assert pitch == channel[0].size
+                content = (channel + self.worst).astype(np.uint8).tobytes()
+                ctypes.memmove(int(begins[row]), content, len(content))
+
+
+@pytest.fixture
+def plain_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GpuDecoder without a GPU."""
+    monkeypatch.setattr("datasets.coded.NvJpeg", type("Fake", (PlainNvJpeg, NvJpeg), {"__del__": lambda self: None}))
+    stream = SimpleNamespace(synchronize=lambda: None)
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: stream)
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+def test_every_mixture_of_jpegs_comes_back_in_order(plain_gpu: None, order: str) -> None:
+    decoder, jpegs = GpuDecoder(torch.device("cpu"), 256, order), tissue(12)
+    alone = full_chroma(jpegs[0])
+    assert decoder.engines
+    for batch in (jpegs, [alone], [alone, *jpegs, alone, alone, encode(decode(jpegs[1]), 60), *jpegs[:3]]):
+        want = np.stack([decode(j, order=order) for j in batch])
+        assert np.array_equal(decoder(pack(batch)).numpy(), want)
+    assert [count for count, _ in decoder.codec.calls] == [1, 1, 1, 3, 3]  # the first one is the trial
+
+
+def test_what_the_engines_refuse_comes_all_the_same_and_is_said_once(
+    plain_gpu: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    decoder, jpegs = GpuDecoder(torch.device("cpu"), 256, "rgb"), tissue(3)
+    batch = [*jpegs, progressive(jpegs[0])]
+    for _ in range(2):
+        assert np.array_equal(decoder(pack(batch)).numpy(), np.stack([decode(j) for j in batch]))
+    assert [r.getMessage() for r in caplog.records] == [
+        "The GPU refused a batch of JPEGs (nvjpegDecodeBatched answers 2); one CPU core decodes such batches, slowly."
+    ]
+
+
+def test_a_gpu_that_decodes_stacks_to_something_else_is_not_used(
+    plain_gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PlainNvJpeg, "worst", 20)
+    with pytest.raises(NvJpegError, match="to other pixels than the CPU"):
+        GpuDecoder(torch.device("cpu"), 256, "rgb")
+
+
+def full_chroma(jpeg: bytes) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(decode(jpeg)).save(file, "JPEG", subsampling=0, quality=90)
+    return file.getvalue()
+
+
 def progressive(jpeg: bytes) -> bytes:
     file = io.BytesIO()
     Image.fromarray(decode(jpeg)).save(file, "JPEG", progressive=True, quality=90)
@@ -207,13 +283,12 @@ def assert_decodes(decoder: GpuDecoder, jpegs: list[bytes]) -> None:
 def test_the_gpu_decodes_as_the_cpu_does(order: str) -> None:
     jpegs = tissue(40)
     unlike = [encode(decode(j), 70) for j in jpegs[:3]]
-    full_chroma = io.BytesIO()
-    Image.fromarray(decode(jpegs[0])).save(full_chroma, "JPEG", subsampling=0, quality=90)
+    alone = full_chroma(jpegs[0])
     decoder = GpuDecoder(torch.device("cuda"), 256, order)
     for count in (40, 7, 1, 40):
         assert_decodes(decoder, (jpegs * 4)[: 4 * count])
-    assert_decodes(decoder, [*jpegs[:5], *unlike, full_chroma.getvalue(), *jpegs[5:9]])
-    assert_decodes(decoder, [full_chroma.getvalue()] * 3)
+    assert_decodes(decoder, [*jpegs[:5], *unlike, alone, *jpegs[5:9]])
+    assert_decodes(decoder, [alone] * 3)
 
 
 @pytest.mark.gpu
