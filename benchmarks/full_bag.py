@@ -118,7 +118,7 @@ def plain_step(args: argparse.Namespace, folder: Path, patches: int, recompute: 
 
 def computing_step(args: argparse.Namespace, folder: Path, patches: int) -> Callable[[], object]:
     plan = ChunkPlan(args.chunk, args.keep)
-    batch, _ = rehearsal(bags_of(args, folder, patches), [(0, 0)], plan)
+    batch, _ = rehearsal(bags_of(args, folder, patches), [(0, 0)], plan, pin=GPU)
     learner = make_learner(args, FullBagLearner)
     return lambda: learner.step(batch, 1, True)
 

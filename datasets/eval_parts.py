@@ -26,7 +26,7 @@ from datasets.instances import (
 )
 from datasets.labels import Sample
 from datasets.ring import BatchRing, Form, size_of_form
-from utils.chunks import equal_split
+from utils.chunks import split_sizes
 
 READ = 128
 """Patches that a reading process decodes in one go: 0.04 s of one core, and 25 MB of 256 px.
@@ -45,7 +45,7 @@ class PartPlan:
 
     Attributes:
         run: a new encoder call begins behind so many instances (``p_batch_size_v``).
-        call: instances per encoder call at most; a longer run is divided into equal calls (``p_batch_size``).
+        call: instances per encoder call at most; a longer run is divided (``p_batch_size``).
         read: instances that are read at a time at most.
     """
 
@@ -56,7 +56,7 @@ class PartPlan:
     def calls(self, count: int) -> list[int]:
         """Instances of each encoder call of a bag."""
         runs = [min(self.run, count - begin) for begin in range(0, count, self.run)]
-        return [size for run in runs for size in equal_split(run, self.call)]
+        return [size for run in runs for size in split_sizes(run, self.call)]
 
 
 WHOLE = PartPlan(1 << 40, 1 << 40, 1 << 40)
@@ -141,7 +141,7 @@ class EvalParts(Dataset[Bags]):
     def _parts_of(self, position: int, plan: PartPlan) -> Iterator[Part]:
         count = bag_size(self.source, self.samples[position].slides)
         calls = plan.calls(count)
-        reads = [(size, call) for call in calls for size in equal_split(call, plan.read)]
+        reads = [(size, call) for call in calls for size in split_sizes(call, plan.read)]
         ends = itertools.accumulate(size for size, _ in reads)
         for (size, call), end in zip(reads, ends, strict=True):
             yield Part(position, end - size, end, call, end == count)

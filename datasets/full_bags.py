@@ -27,7 +27,7 @@ from datasets.coded import decoded
 from datasets.instances import Segment, bag_size
 from datasets.loaders import LoaderOptions, TrainStream, emptied, quiet_worker
 from datasets.ring import BatchRing
-from utils.chunks import equal_split
+from utils.chunks import split_sizes
 
 PART = 512
 """Patches that a reading process decodes in one go; 512 patches of 256 px are 100 MB."""
@@ -52,7 +52,7 @@ class ChunkPlan:
 
     def sizes(self, count: int) -> list[int]:
         """Patches of each encoder call of a batch of ``count``, as in ``SlideModel.encode``."""
-        return equal_split(count, self.chunk)
+        return split_sizes(count, self.chunk)
 
     def kept(self, sizes: Sequence[int]) -> int:
         """How many chunks, from the first on, stay on the device; the last one never has to."""
@@ -68,7 +68,7 @@ class ChunkPlan:
         again = range(self.kept(sizes), len(sizes) - 1) if self.twice else ()
         for number in (*range(len(sizes)), *again):
             begin = ends[number] - sizes[number]
-            for size in equal_split(sizes[number], PART):
+            for size in split_sizes(sizes[number], PART):
                 yield begin, begin + size
                 begin += size
 
@@ -208,10 +208,16 @@ def timed(parts: Iterable[Bags]) -> Iterator[Bags]:
         yield dataclasses.replace(part, waited=time.perf_counter() - begin)
 
 
-def rehearsal(bags: TrainBags, keys: Keys, plan: ChunkPlan) -> tuple[FullBags, float]:
+def rehearsal(bags: TrainBags, keys: Keys, plan: ChunkPlan, pin: bool = False) -> tuple[FullBags, float]:
     """The batch of ``keys`` with the patches of its first part over and over, for any number of steps.
 
     It takes a device as much as the real batch, and the host neither its time nor its memory.
+
+    Args:
+        bags: the training bags.
+        keys: those of the batch.
+        plan: how it is taken apart.
+        pin: page-locked memory, as reading processes have it.
 
     Returns:
         The batch, and the seconds that one reading process would take for the real one.
@@ -222,6 +228,7 @@ def rehearsal(bags: TrainBags, keys: Keys, plan: ChunkPlan) -> tuple[FullBags, f
     begin = time.perf_counter()
     first = read_part(bags, keys, *spans[0])  # no part is larger
     seconds = (time.perf_counter() - begin) / spans[0][1] * plan.read(count)
+    first = first.pin_memory() if pin else first
     parts = [dataclasses.replace(first, instances=first.instances[: end - begin]) for begin, end in spans]
     full = _full(described, iter(()), plan, min(plan.keep, count), _side_px(bags))
     return dataclasses.replace(full, parts=itertools.cycle(parts)), seconds

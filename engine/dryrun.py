@@ -87,7 +87,8 @@ def _count(setup: Setup, sample: Sample) -> int:
 
 def _train_rate(setup: Setup, fold: Fold, learner: Learner, processes: Processes) -> tuple[float, float]:
     """Instances per second of steps on the largest bags, and of reading them."""
-    bags, reading = _largest_batch(setup, fold)
+    pin = setup.config.data.pin_memory and processes.device.type == "cuda"
+    bags, reading = _largest_batch(setup, fold, pin)
     names, read = [fold.train[i].id for i in bags.index], sum(bags.sizes) / reading
     log.info("dry run: %d steps on %s (%d instances)", STEPS + 1, ", ".join(names), sum(bags.sizes))
     learner.model.train()
@@ -96,13 +97,13 @@ def _train_rate(setup: Setup, fold: Fold, learner: Learner, processes: Processes
     return sum(bags.sizes) / seconds, read
 
 
-def _largest_batch(setup: Setup, fold: Fold) -> tuple[Bags, float]:
+def _largest_batch(setup: Setup, fold: Fold, pin: bool) -> tuple[Bags, float]:
     """The largest training bags, and the seconds that one process takes to read them."""
     data = TrainBags(fold.train, setup.sources.train, setup.plan, setup.views, fold.seed)
     order = sorted(range(len(data)), key=lambda i: -size_of(data, i))
     keys = [(0, i) for i in order[: setup.config.train.batch_size]]
     if setup.chunks is not None:
-        return rehearsal(data, keys, setup.chunks)
+        return rehearsal(data, keys, setup.chunks, pin)
     begin = time.perf_counter()
     return data[keys], time.perf_counter() - begin
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from datasets.bags import Bags
 from datasets.views import Renderer
-from engine.precision import Precision
+from engine.precision import Precision, fixed_kernels
 from modules.model import SlideModel
 from utils.dist import Processes
 from utils.stop import Stopped, StopRequest
@@ -39,16 +38,6 @@ class Predictions:
         order = index.argsort()
         target = {k: torch.cat([p.target[k] for p in present])[order] for k in present[0].target}
         return cls(index[order], torch.cat([p.logits for p in present])[order], target)
-
-
-@contextlib.contextmanager
-def fixed_kernels() -> Iterator[None]:
-    """No search for the fastest kernel: the last encoder call of nearly every bag has a size never seen before."""
-    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = searching
 
 
 def predict(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from datasets.bags import Bags
 from datasets.full_bags import FullBags
 from engine.learner import Learner
+from engine.precision import fixed_kernels
 from modules.model import SlideModel, frozen_statistics
 
 
@@ -54,7 +55,8 @@ class FullBagLearner(Learner):
         self.scaler.scale(loss / divide_by).backward()
         if features.grad is not None:  # else the encoder is not trained
             gradients = features.grad.split(bags.chunks)
-            last.backward(gradients[-1])
+            with self._kernels(bags, -1):
+                last.backward(gradients[-1])
             self._second_pass(bags, gradients, states)
         return loss
 
@@ -64,7 +66,7 @@ class FullBagLearner(Learner):
         states: list[RandomState] = []
         for number in range(len(bags.chunks)):
             states.append(RandomState.now(self.processes.device))
-            with torch.set_grad_enabled(number == len(bags.chunks) - 1):
+            with torch.set_grad_enabled(number == len(bags.chunks) - 1), self._kernels(bags, number):
                 last = self._encode(bags, number)
             features.append(last.detach().clone())  # a compiled encoder may use its output's memory again
         return torch.cat(features), last, states
@@ -75,7 +77,12 @@ class FullBagLearner(Learner):
         with torch.random.fork_rng(devices), frozen_statistics(self.model.encoder):
             for number in range(len(bags.chunks) - 1):
                 states[number].restore(device)
-                self._encode(bags, number, again=True).backward(gradients[number])
+                with self._kernels(bags, number):
+                    self._encode(bags, number, again=True).backward(gradients[number])
+
+    def _kernels(self, bags: FullBags, number: int) -> contextlib.AbstractContextManager[None]:
+        """Where cuDNN may search for its fastest kernels: the last two chunks of a bag have sizes of their own."""
+        return contextlib.nullcontext() if bags.chunks[number] == self.model.chunk else fixed_kernels()
 
     def _encode(self, bags: FullBags, number: int, again: bool = False) -> Tensor:
         """Features of one chunk. Each has an autocast of its own, which else would keep weights without their graph."""

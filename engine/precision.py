@@ -1,8 +1,9 @@
-"""Mixed precision: which type the forward passes use."""
+"""Mixed precision: which type the forward passes use; and which of cuDNN's kernels."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,3 +37,13 @@ class Precision:
     @property
     def needs_scaling(self) -> bool:
         return self.dtype == torch.float16
+
+
+@contextlib.contextmanager
+def fixed_kernels() -> Iterator[None]:
+    """CuDNN does not search for its fastest kernels: for encoder calls of sizes that were never seen before."""
+    searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = searching

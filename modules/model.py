@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from modules.sync_batchnorm import largest_of_all, synchronised
+from utils.chunks import split_sizes
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -94,7 +95,7 @@ class SlideModel(nn.Module):
     def encode(self, instances: Tensor) -> Tensor:
         """Features (P, D) of the instances, at most ``chunk`` patches per encoder call; features become float32.
 
-        The calls are of equal size but for one patch, so that none has BatchNorm statistics of a small rest. Where
+        The last two calls share what the others leave, so that none has BatchNorm statistics of a small rest. Where
         processes join their statistics all make as many calls as the one with most patches.
         """
         if self.encoder is None:
@@ -105,11 +106,15 @@ class SlideModel(nn.Module):
                 calls = largest_of_all(calls)
             if calls == 1:
                 return self._encoded(instances)
-            parts = instances.tensor_split(calls)
+            parts = self._parts(instances, calls)
             if not (self.recompute and self.training and torch.is_grad_enabled()):
                 return torch.cat([self._encoded(part) for part in parts])
             again = [self._recomputed(part) for part in parts[:-1]]  # the last one's backward pass comes first anyway
             return torch.cat([*again, self._encoded(parts[-1])])
+
+    def _parts(self, instances: Tensor, calls: int) -> Sequence[Tensor]:
+        sizes = split_sizes(len(instances), self.chunk)
+        return instances.split(sizes) if len(sizes) == calls else instances.tensor_split(calls)
 
     def _encoded(self, part: Tensor) -> Tensor:
         """One encoder call; compiled for no patches at all it would not take part in what processes do together."""

@@ -62,7 +62,7 @@ def seen(reader: EvalReader, split: str = "val") -> list[tuple[Tensor, list[int]
 @pytest.mark.parametrize(
     ("count", "run", "call", "expected"),
     [
-        (10_000, 2048, 512, [512] * 16 + [452] * 4),
+        (10_000, 2048, 512, [512] * 18 + [392] * 2),
         (13, 5, 512, [5, 5, 3]),
         (13, 8, 3, [3, 3, 2, 3, 2]),
         (4, 100, 100, [4]),

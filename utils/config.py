@@ -248,7 +248,9 @@ class EvalConfig:
     """How it is validated and tested."""
 
     test_type: str = option("main", "weights that are evaluated", ("main", "ema", "both", "both_ema"))
-    p_batch_size_v: int = option(2048, "patches per encoder call in evaluation, in equal calls of at most p_batch_size")
+    p_batch_size_v: int = option(
+        2048, "patches behind which evaluation begins a new call; a call has at most p_batch_size"
+    )
     keep_epoch: str = option(
         "best",
         "best: the epoch that the validation metric chooses; last: the final one, without any choice",
