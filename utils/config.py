@@ -216,7 +216,7 @@ class TrainConfig:
     channels_last: bool = option(False, "channels-last memory format of the encoder")
     fused_stem: bool = option(
         True,
-        "run the first layers of a ResNet as one operator where that can be done: CUDA, amp, channels_last, no sync_bn",
+        "run the first layers of a ResNet as one operator where that can be done: CUDA, amp, channels_last",
     )
     torchcompile: bool = option(False, "compile the encoder")
     torchcompile_mode: str = option(
