@@ -99,8 +99,9 @@ class GpuDecoder:
             return self._singles(rows, head)
         patches = self._room(int(head["patches"].sum()))
         for which, decode_those in ((stacked, self._stacks), (~stacked, self._singles)):
-            places = torch.from_numpy(np.repeat(which, head["patches"]))
-            patches[places.to(self.device)] = decode_those(rows[torch.from_numpy(which)], head[which])
+            places, chosen = torch.from_numpy(np.repeat(which, head["patches"])), rows[torch.from_numpy(which)]
+            patches[places.to(self.device)] = decode_those(chosen, head[which])
+            self.stream.synchronize()  # the engines read ``chosen`` until then
         return patches
 
     def _stacks(self, rows: Tensor, head: np.ndarray) -> Tensor:
