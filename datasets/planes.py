@@ -17,17 +17,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-ONE, HALF = 1 << 16, 1 << 15
-RED_CR, GREEN_CB, GREEN_CR, BLUE_CB = (int(c * ONE + 0.5) for c in (1.402, 0.34414, 0.71414, 1.772))
+HALF = 1 << 15
+RED_CR, GREEN_CB, GREEN_CR, BLUE_CB = WEIGHTS = tuple(int(c * 2 * HALF + 0.5) for c in (1.402, 0.34414, 0.71414, 1.772))
 
 AT_ONCE = 64
 """Patches converted at a time without the kernel: intermediate values take 16 bytes a pixel."""
 
 
 class Kernel(Protocol):
-    """Fills ``result`` (P, S, S, 3) uint8."""
+    """Fills ``result`` (P, S, S, 3) uint8; ``weights`` are those above, in units of 1 / 65,536."""
 
-    def __call__(self, luma: Tensor, blue: Tensor, red: Tensor, result: Tensor, bgr: bool) -> Tensor: ...
+    def __call__(
+        self, planes: tuple[Tensor, Tensor, Tensor], result: Tensor, bgr: bool, weights: tuple[int, ...]
+    ) -> Tensor: ...
 
 
 def interleaved(luma: Tensor, blue: Tensor, red: Tensor, result: Tensor, bgr: bool) -> Tensor:
@@ -42,7 +44,7 @@ def interleaved(luma: Tensor, blue: Tensor, red: Tensor, result: Tensor, bgr: bo
     """
     kernel = _fused_kernel() if luma.is_cuda else None
     if kernel is not None:
-        return kernel(luma, blue, red, result, bgr)
+        return kernel((luma, blue, red), result, bgr, WEIGHTS)
     for begin in range(0, len(luma), AT_ONCE):
         part = slice(begin, begin + AT_ONCE)
         result[part] = _pixels(luma[part], blue[part], red[part], bgr)

@@ -8,7 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from datasets.planes import BLUE_CB, GREEN_CB, GREEN_CR, HALF, RED_CR
 from utils.triton_version import require_triton
 
 require_triton()
@@ -33,7 +32,7 @@ def _chroma(plane, row, column, half, there):
 @triton.jit
 def _interleave(
     luma, blue, red, result, side, RED: tl.constexpr, GREEN_B: tl.constexpr, GREEN_R: tl.constexpr,
-    BLUE: tl.constexpr, ROUND: tl.constexpr, BGR: tl.constexpr, PIXELS: tl.constexpr,
+    BLUE: tl.constexpr, BGR: tl.constexpr, PIXELS: tl.constexpr,
 ):  # fmt: skip
     """Writes ``PIXELS`` pixels of one patch."""
     patch = tl.program_id(0).to(tl.int64)
@@ -43,20 +42,18 @@ def _interleave(
     y = tl.load(luma + patch * side * side + pixel, mask=there, other=0).to(tl.int32)
     cb = _chroma(blue + patch * half * half, row, column, half, there)
     cr = _chroma(red + patch * half * half, row, column, half, there)
-    r = y + ((RED * cr + ROUND) >> 16)
-    g = y + ((ROUND - GREEN_B * cb - GREEN_R * cr) >> 16)
-    b = y + ((BLUE * cb + ROUND) >> 16)
+    r = y + ((RED * cr + 32768) >> 16)
+    g = y + ((32768 - GREEN_B * cb - GREEN_R * cr) >> 16)
+    b = y + ((BLUE * cb + 32768) >> 16)
     to = result + (patch * side * side + pixel) * 3
     tl.store(to + (2 if BGR else 0), tl.minimum(tl.maximum(r, 0), 255).to(tl.uint8), mask=there)
     tl.store(to + 1, tl.minimum(tl.maximum(g, 0), 255).to(tl.uint8), mask=there)
     tl.store(to + (0 if BGR else 2), tl.minimum(tl.maximum(b, 0), 255).to(tl.uint8), mask=there)
 
 
-def interleave(luma: Tensor, blue: Tensor, red: Tensor, result: Tensor, bgr: bool) -> Tensor:
-    """As ``datasets.planes.interleaved``; planes and result contiguous."""
-    side = luma.shape[-1]
-    grid = (len(luma), triton.cdiv(side * side, BLOCK))
-    weights = {"RED": RED_CR, "GREEN_B": GREEN_CB, "GREEN_R": GREEN_CR, "BLUE": BLUE_CB, "ROUND": HALF}
-    with torch.cuda.device_of(luma):
-        _interleave[grid](luma, blue, red, result, side, **weights, BGR=bgr, PIXELS=BLOCK)
+def interleave(planes: tuple[Tensor, Tensor, Tensor], result: Tensor, bgr: bool, weights: tuple[int, ...]) -> Tensor:
+    """As ``datasets.planes.interleaved``; planes and result contiguous; weights of Cr, Cb, Cr and Cb."""
+    count, side = planes[0].shape[:2]
+    with torch.cuda.device_of(result):
+        _interleave[(count, triton.cdiv(side * side, BLOCK))](*planes, result, side, *weights, BGR=bgr, PIXELS=BLOCK)
     return result

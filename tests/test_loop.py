@@ -108,12 +108,12 @@ def test_recomputing_changes_neither_gradients_nor_batch_statistics() -> None:
     assert int(results[1][-1]) == 3  # batches that BatchNorm has counted: one per chunk
 
 
-def test_chunks_are_of_equal_size() -> None:
+def test_chunks_are_full_but_the_last_two() -> None:
     sizes: list[int] = []
     encoder = small_encoder()
     encoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
-    SlideModel(Mean(), encoder, chunk=4).encode(torch.randn(9, 3, 8, 8))
-    assert sizes == [3, 3, 3]
+    SlideModel(Mean(), encoder, chunk=4).encode(torch.randn(13, 3, 8, 8))
+    assert sizes == [4, 4, 3, 2]
 
 
 # Sampling

@@ -6,7 +6,7 @@ import pytest
 import torch
 from interpreted import mend_interpreter, run_interpreted
 
-from datasets.planes import _pixels
+from datasets.planes import WEIGHTS, _pixels
 
 
 def compare_all(device: str, sizes: tuple[int, ...]) -> None:
@@ -17,7 +17,8 @@ def compare_all(device: str, sizes: tuple[int, ...]) -> None:
         planes = [torch.randint(0, 256, shape, dtype=torch.uint8) for shape in shapes]
         for bgr in (False, True):
             result = torch.empty(3, side_px, side_px, 3, dtype=torch.uint8, device=device)
-            got = interleave(*(p.to(device) for p in planes), result, bgr)
+            luma, blue, red = (p.to(device) for p in planes)
+            got = interleave((luma, blue, red), result, bgr, WEIGHTS)
             assert torch.equal(got.cpu(), _pixels(*planes, bgr))
 
 
