@@ -67,8 +67,9 @@ class StackForm:
         frame = None
         for marker, at, end in _segments(jpeg):
             if marker == _SCAN:
-                found = frame is not None and jpeg[at + 4] == 3
-                return cls(jpeg[:end], frame, at, *_size(jpeg, frame)) if found and frame is not None else None
+                if frame is None or jpeg[at + 4] != 3:
+                    return None
+                return cls(jpeg[:end], frame, at, *_size(jpeg, frame))
             if marker == _BASELINE and frame is None and _stackable_frame(jpeg[at:end]):
                 frame = at
             elif marker in _FRAMES or marker == _RESTARTS or (marker == _ADOBE and jpeg[at + 15 : at + 16] != b"\x01"):
@@ -99,18 +100,11 @@ class StackForm:
 
 def unstacked(stack: bytes) -> list[bytes]:
     """The JPEGs of which ``StackForm.stacked`` made ``stack``."""
-    (at, end), frame, scan, behind = (0, 0), 0, 0, 0
-    for marker, begin, close in _segments(stack):
-        if marker == _RESTARTS:
-            at, end = begin, close
-        elif marker == _BASELINE:
-            frame = begin + 5
-        elif marker == _SCAN:
-            scan, behind = begin, close
-            break
-    bodies = _RESTART.split(stack[behind:-2])
-    height = int.from_bytes(stack[frame : frame + 2], "big") // len(bodies)
-    head = stack[:frame] + height.to_bytes(2, "big") + stack[frame + 2 : at] + stack[end:scan] + stack[scan:behind]
+    places = {marker: (begin, end) for marker, begin, end in _segments(stack)}
+    (frame, _), (restarts, behind), (_, data) = (places[marker] for marker in (_BASELINE, _RESTARTS, _SCAN))
+    bodies = _RESTART.split(stack[data:-2])
+    height = _size(stack, frame)[0] // len(bodies)
+    head = stack[: frame + 5] + height.to_bytes(2, "big") + stack[frame + 7 : restarts] + stack[behind:data]
     return [head + body + _END for body in bodies]
 
 

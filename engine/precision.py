@@ -41,7 +41,7 @@ class Precision:
 
 @contextlib.contextmanager
 def fixed_kernels() -> Iterator[None]:
-    """CuDNN does not search for its fastest kernels: for encoder calls of sizes that were never seen before."""
+    """No search for the fastest kernels of cuDNN: for encoder calls of sizes that were never seen before."""
     searching, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         yield

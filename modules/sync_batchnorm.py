@@ -52,14 +52,14 @@ class JoinedBatchNorm(_BatchNorm):
         return out
 
 
-def track(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor | int) -> None:
-    """Advances the running statistics by those of a batch: (C,) mean, biased variance, and how many numbers it had."""
+def track(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+    """Advances the running statistics by those of a batch: (C,) mean and biased variance, and of how many (1,)."""
     if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
         return
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-        unbiased = variance * (count / (torch.as_tensor(count) - 1).clamp(min=1))
+        unbiased = variance * (count / (count - 1).clamp(min=1))
         norm.running_mean.lerp_(mean.to(norm.running_mean), share)
         norm.running_var.lerp_(unbiased.to(norm.running_var), share)
 

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from jpeg_planes import planes_of
 from PIL import Image
-from test_stacks import planes_of
 from tiny import SIDE_PX, make_tiny_cohort
 from torch import Tensor
 

@@ -7,6 +7,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from jpeg_planes import planes_of
 from PIL import Image
 
 from datasets.jpeg import decode, encode
@@ -35,15 +36,6 @@ def form_of(jpeg: bytes) -> StackForm:
     form = StackForm.of(jpeg)
     assert form is not None
     return form
-
-
-def planes_of(jpeg: bytes) -> list[torch.Tensor]:
-    """Y, Cb and Cr as they are coded: at half scale libjpeg does not interpolate chroma of half resolution."""
-    image, chroma = Image.open(io.BytesIO(jpeg)), Image.open(io.BytesIO(jpeg))
-    image.draft("L", image.size)
-    chroma.draft("YCbCr", (chroma.width // 2, chroma.height // 2))
-    c = np.asarray(chroma)
-    return [torch.from_numpy(plane.copy()) for plane in (np.asarray(image), c[..., 1], c[..., 2])]
 
 
 @pytest.mark.parametrize("side_px", [16, 48, 256])
