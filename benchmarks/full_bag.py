@@ -1,6 +1,7 @@
 """What ``--full_bag`` costs: memory and time of the exact gradient of a whole slide, beside the plain step.
 
     python -m benchmarks.full_bag [--patches 10000 50000] [--chunk 512] [--keep 16384] [--encoder r18] [--compile]
+                                  [--jpeg_decoder gpu]
 
 Builds a store of 256 px JPEGs of about 15 kB, then measures one behind the other, each with a fresh model:
 
@@ -30,11 +31,12 @@ import torch
 from benchmarks.training import write_store
 from datasets.bags import SamplingPlan, TrainBags
 from datasets.full_bags import ChunkPlan, full_bag_batches, rehearsal
-from datasets.instances import PixelSource
+from datasets.instances import PixelSource, Source
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream
 from datasets.store import PatchStore
 from datasets.views import Renderer, ViewPlan
+from engine.decoding import coded, gpu_decoder
 from engine.full_bag import FullBagLearner
 from engine.learner import Learner
 from engine.tasks import ClassificationTask
@@ -42,7 +44,7 @@ from engine.timing import seconds_per_call
 from modules.encoders import build_encoder
 from modules.heads import build_mil
 from modules.model import SlideModel
-from utils.config import ModelConfig, TrainConfig
+from utils.config import DataConfig, ModelConfig, TrainConfig
 from utils.dist import Processes
 
 GPU = torch.cuda.is_available()
@@ -85,14 +87,19 @@ def make_learner(args: argparse.Namespace, kind: type[Learner], recompute: bool 
     return learner
 
 
-def bags_of(args: argparse.Namespace, folder: Path, patches: int) -> TrainBags:
-    """Training bags of ``patches`` each."""
+def source_of(args: argparse.Namespace, folder: Path, patches: int) -> Source:
+    """A slide of ``patches``."""
     store = folder / f"{patches}.lmdb"
     if not store.exists():
         write_store(store, 1, patches, args.stored)
+    return PixelSource(PatchStore(store))
+
+
+def bags_of(args: argparse.Namespace, source: Source) -> TrainBags:
+    """Training bags of all patches of the slide."""
     samples = [Sample(f"bag{i}", f"bag{i}", ("s0",), {"label": i % 6}) for i in range(4)]
     views = ViewPlan("strong", 0.08, args.stored, args.crop)
-    return TrainBags(samples, [PixelSource(PatchStore(store))], SamplingPlan(0), views, seed=0)
+    return TrainBags(samples, [source], SamplingPlan(0), views, seed=0)
 
 
 def measure(name: str, patches: int, prepare: Callable[[], Callable[[], object]]) -> Row:
@@ -110,7 +117,7 @@ def measure(name: str, patches: int, prepare: Callable[[], Callable[[], object]]
 
 
 def plain_step(args: argparse.Namespace, folder: Path, patches: int, recompute: bool) -> Callable[[], object]:
-    batch = bags_of(args, folder, patches)[[(0, 0)]]
+    batch = bags_of(args, source_of(args, folder, patches))[[(0, 0)]]
     batch = batch.pin_memory() if GPU else batch
     learner = make_learner(args, Learner, recompute)
     return lambda: learner.step(batch, 1, True)
@@ -118,16 +125,18 @@ def plain_step(args: argparse.Namespace, folder: Path, patches: int, recompute: 
 
 def computing_step(args: argparse.Namespace, folder: Path, patches: int) -> Callable[[], object]:
     plan = ChunkPlan(args.chunk, args.keep)
-    batch, _ = rehearsal(bags_of(args, folder, patches), [(0, 0)], plan, pin=GPU)
+    batch, _ = rehearsal(bags_of(args, source_of(args, folder, patches)), [(0, 0)], plan, pin=GPU)
     learner = make_learner(args, FullBagLearner)
     return lambda: learner.step(batch, 1, True)
 
 
 def whole_step(args: argparse.Namespace, folder: Path, patches: int) -> Callable[[], object]:
-    stream = TrainStream(4, 1, epochs=(0, 1000))
-    options = LoaderOptions(args.workers, 2, pin=GPU)
-    batches = full_bag_batches(bags_of(args, folder, patches), stream, options, ChunkPlan(args.chunk, args.keep))
-    learner = make_learner(args, FullBagLearner)
+    stream, learner = TrainStream(4, 1, epochs=(0, 1000)), make_learner(args, FullBagLearner)
+    source = source_of(args, folder, patches)
+    decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), source, learner.processes)
+    bags = bags_of(args, source if decoder is None else coded([source])[0])
+    options = LoaderOptions(args.workers, 2, pin=GPU, decoder=decoder)
+    batches = full_bag_batches(bags, stream, options, ChunkPlan(args.chunk, args.keep))
     return lambda: learner.step(next(batches), 1, True)
 
 
@@ -156,6 +165,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="r18")
     parser.add_argument("--amp_dtype", default="auto")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--jpeg_decoder", choices=("auto", "cpu", "gpu"), default="auto")
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True

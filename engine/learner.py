@@ -68,8 +68,8 @@ class Learner:
         self.schedule = build_schedule(self.optimizer, options)
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=self.precision.needs_scaling)
         self.loss_weights = _loss_weights(model, options)
-        if options.torchcompile and model.encoder is not None:
-            model.encoder.compile(mode=options.torchcompile_mode)
+        if options.torchcompile:
+            model.compile_encoder(mode=options.torchcompile_mode)
         self.grad_norm: Tensor | None = None
         self.aux_loss: Tensor | None = None
         self.favoured = 0

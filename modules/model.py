@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from modules.compiled import CompiledEncoder
 from modules.sync_batchnorm import largest_of_all, synchronised
 from utils.chunks import split_sizes
 
@@ -46,6 +47,7 @@ class SlideModel(nn.Module):
         self.recompute = recompute
         self.joined = False
         self.freeze_encoder = freeze_encoder and encoder is not None
+        self._compiled: CompiledEncoder | None = None
         if self.freeze_encoder and encoder is not None:
             encoder.requires_grad_(False)
 
@@ -56,6 +58,11 @@ class SlideModel(nn.Module):
         self.mil = synchronised(self.mil, torch_layers)
         if self.encoder is not None:
             self.encoder = synchronised(self.encoder, torch_layers)
+
+    def compile_encoder(self, **options: object) -> None:
+        """From now on the encoder runs compiled (``modules.compiled``), with these options of ``torch.compile``."""
+        if self.encoder is not None:
+            self._compiled = CompiledEncoder(self.encoder, self.chunk, **options)
 
     def train(self, mode: bool = True) -> SlideModel:
         super().train(mode)
@@ -118,8 +125,9 @@ class SlideModel(nn.Module):
 
     def _encoded(self, part: Tensor) -> Tensor:
         """One encoder call; compiled for no patches at all it would not take part in what processes do together."""
-        assert self.encoder is not None
-        features: Tensor = self.encoder(part) if len(part) else self.encoder.forward(part)
+        encoder = self._compiled if self._compiled is not None and len(part) else self.encoder
+        assert encoder is not None
+        features: Tensor = encoder(part)
         return features
 
     def _recomputed(self, part: Tensor) -> Tensor:

@@ -74,3 +74,28 @@ def test_prefixes_of_wrappers_are_removed():
 def test_the_list_names_every_encoder_and_head():
     text = listing()
     assert all(f"\n  {name} " in text for name in [*encoders.names(), *mils.names()])
+
+
+def test_usual_numbers_of_patches_keep_their_graphs_when_others_have_come():
+    used, made = [], []
+
+    def backend(graph, example):
+        number = len(made)
+        made.append(any(isinstance(e, torch.SymInt) for e in example))
+
+        def run(*args):
+            used.append(number)
+            return graph(*args)
+
+        return run
+
+    encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = SlideModel(nn.Identity(), encoder, chunk=8).train()
+    model.compile_encoder(backend=backend, fullgraph=True)
+    sizes = [6, 5, 8, 6, 4, 8, 6, 7]
+    for size in sizes:
+        patches = torch.randn(size, 3, 16, 16)
+        torch.testing.assert_close(model.encode(patches), encoder(patches))
+    assert [made[number] for number in used] == [size not in (6, 8) for size in sizes]
+    assert len(made) == 3
+    assert set(model.state_dict()) == {f"encoder.{name}" for name in encoder.state_dict()}

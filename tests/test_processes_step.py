@@ -181,7 +181,7 @@ def compiled_encoder(processes: Processes) -> dict[str, Any]:
     model = SlideModel(build_mil("abmil", 8, task.outputs, ModelConfig(inner_dim=8)), residual(), 512)
     if processes.world > 1:
         model.synchronise(torch_layers=False)
-        model.encoder.compile(backend="aot_eager", fullgraph=True)
+        model.compile_encoder(backend="aot_eager", fullgraph=True)
     begins = [0, 4, 4, 7] if processes.world > 1 else [0, 7]
     mine = slice(*begins[processes.rank : processes.rank + 2])
     features = model.train().encode(patches[mine])
