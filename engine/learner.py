@@ -59,7 +59,7 @@ class Learner:
         if renderer is not None and cuda and self.precision.dtype is not None:
             self.renderer = dataclasses.replace(renderer, dtype=self.precision.dtype)
         if options.sync_bn and processes.world > 1:
-            model.synchronise(torch_layers=cuda and not options.torchcompile)
+            model.synchronise()
         elif options.sync_bn:
             log.info("sync_bn has no effect here: there is one process.")
         self.model: SlideModel = model

@@ -118,7 +118,7 @@ class PatchBatchNorm(nn.Module):
 
     def _normalise(self, rows: Tensor) -> Tensor:
         # A synchronised norm must be entered by every process, or the others wait for it.
-        if len(rows) > 1 or isinstance(self.norm, (nn.SyncBatchNorm, JoinedBatchNorm)):
+        if len(rows) > 1 or isinstance(self.norm, JoinedBatchNorm):
             return self.norm(rows)
         norm = self.norm
         return F.batch_norm(

@@ -51,13 +51,13 @@ class SlideModel(nn.Module):
         if self.freeze_encoder and encoder is not None:
             encoder.requires_grad_(False)
 
-    def synchronise(self, torch_layers: bool) -> None:
+    def synchronise(self) -> None:
         """From now on BatchNorm statistics in training are those of all processes (``modules.sync_batchnorm``)."""
         self.joined = True
         largest_of_all(0)  # opens connections, which all processes have to do together
-        self.mil = synchronised(self.mil, torch_layers)
+        self.mil = synchronised(self.mil)
         if self.encoder is not None:
-            self.encoder = synchronised(self.encoder, torch_layers)
+            self.encoder = synchronised(self.encoder)
 
     def compile_encoder(self, **options: object) -> None:
         """From now on the encoder runs compiled (``modules.compiled``), with these options of ``torch.compile``."""

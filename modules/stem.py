@@ -23,7 +23,6 @@ from modules.sync_batchnorm import JoinedBatchNorm, track
 STEM = ("conv1", "bn1", "act1", "maxpool")
 HALF = (torch.float16, torch.bfloat16)
 CHANNELS = (16, 32, 64, 128)
-JOINED = (nn.SyncBatchNorm, JoinedBatchNorm)
 
 
 def has_standard_stem(model: nn.Module) -> bool:
@@ -98,7 +97,7 @@ def _runs_on(x: Tensor) -> bool:
 
 
 def _takes(norm: _BatchNorm, x: Tensor) -> bool:
-    known = type(norm) is nn.BatchNorm2d or isinstance(norm, JOINED)
+    known = type(norm) in (nn.BatchNorm2d, JoinedBatchNorm)
     plain = known and norm.affine and norm.weight.dtype == torch.float32 and norm.running_mean is not None
     laid_out = x.dim() == 4 and x.shape[1] == 3 and x.is_contiguous(memory_format=torch.channels_last)
     differentiated = x.requires_grad and torch.is_grad_enabled()
@@ -108,7 +107,7 @@ def _takes(norm: _BatchNorm, x: Tensor) -> bool:
 
 def _is_joined(norm: _BatchNorm) -> bool:
     """Whether the statistics are those of all processes."""
-    return isinstance(norm, JOINED) and norm.training and dist.is_initialized()
+    return isinstance(norm, JoinedBatchNorm) and norm.training and dist.is_initialized()
 
 
 def _evaluate(conv: nn.Conv2d, norm: _BatchNorm, x: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
 """BatchNorm whose statistics are those of the batch of all processes (``--sync_bn``).
 
-``JoinedBatchNorm`` is made of plain operations and collectives that torch.compile takes into its graph, where they fuse
-with what is around them. Uncompiled on CUDA torch's own layer is faster, through timm's conversion, which keeps the
-activation that some timm layers hold; on a CPU it refuses to work.
+torch's own layer waits for the device at every norm, as it leaves out processes without rows by a mask, and
+torch.compile cannot take it into its graph. Here nothing waits. Uncompiled on CUDA the norm uses the kernels of torch's
+layer; else it is made of plain operations and collectives, which a compiler fuses with what is around them.
 
-Shapes: P rows of this process (patches), C channels; further dimensions are positions.
+Shapes: P rows of this process (patches), C channels, W processes; further dimensions are positions.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import _functional_collectives as collectives
 from torch.nn.modules.batchnorm import _BatchNorm
+
+NO_ROWS = 1e-30
+"""Rows that a process without any reports to torch's kernel, which divides by the number that it has met so far."""
 
 
 class JoinedBatchNorm(_BatchNorm):
@@ -47,8 +50,19 @@ class JoinedBatchNorm(_BatchNorm):
 
     def _joined(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
+            if x.is_cuda and not torch.compiler.is_compiling():
+                return self._by_kernels(x)
             out, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
             track(self, mean, variance, count)
+        return out
+
+    def _by_kernels(self, x: Tensor) -> Tensor:
+        share = 0.0
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        running = self.running_mean, self.running_var
+        out: Tensor = _NormaliseByKernels.apply(x, self.weight, self.bias, *running, share, self.eps)
         return out
 
 
@@ -65,7 +79,11 @@ def track(norm: _BatchNorm, mean: Tensor, variance: Tensor, count: Tensor) -> No
 
 
 class _Normalise(torch.autograd.Function):
-    """The normalisation of one layer, from the moments of all processes."""
+    """The normalisation of one layer, from the moments of all processes.
+
+    The two passes take the deviation from the mean with opposite signs. A compiler that found the same one in both
+    would keep it in between, in float32, in place of x.
+    """
 
     @staticmethod
     def forward(
@@ -75,7 +93,7 @@ class _Normalise(torch.autograd.Function):
         full, shape = x.float(), _channels(x)
         variance, mean = torch.var_mean(full, _places(x), correction=0)
         mean, variance, count = joined_moments(mean, variance, full.numel() // x.shape[1])
-        rstd = (variance + eps).rsqrt()
+        mean, rstd = _stored(mean), _stored((variance + eps).rsqrt())
         out = (full - mean.view(shape)) * rstd.view(shape)
         if weight is not None and bias is not None:
             out = out * weight.view(shape) + bias.view(shape)
@@ -90,14 +108,62 @@ class _Normalise(torch.autograd.Function):
         """The gradients in x, weight and bias; the latter two of the own rows alone, as of any parameter."""
         x, weight, mean, rstd, count = ctx.saved_tensors
         shape, places = _channels(x), _places(x)
-        slope, standard = grad.float(), (x.float() - mean.view(shape)) * rstd.view(shape)
-        bias_gradient, weight_gradient = slope.sum(places), (slope * standard).sum(places)
+        slope, below = grad.float(), mean.view(shape) - x.float()
+        bias_gradient, weight_gradient = slope.sum(places), (slope * below).sum(places) * -rstd
         total, product = joined_sum(torch.cat([bias_gradient, weight_gradient]) / count).chunk(2)
         factor = rstd if weight is None else rstd * weight
-        inner = (slope - total.view(shape) - standard * product.view(shape)) * factor.view(shape)
+        inner = (slope - total.view(shape) + below * (product * rstd).view(shape)) * factor.view(shape)
         if weight is None:
             return _in_type(inner, x.dtype), None, None, None
         return _in_type(inner, x.dtype), weight_gradient, bias_gradient, None
+
+
+class _NormaliseByKernels(torch.autograd.Function):
+    """The same by the CUDA kernels of torch's layer, which advance the running statistics too."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        share: float,
+        eps: float,
+    ) -> Tensor:
+        """The normalised x; the running statistics take ``share`` of the batch's."""
+        x, channels = x.contiguous(memory_format=_layout(x)), x.shape[1]
+        if x.numel() > 0:
+            moments = torch.batch_norm_stats(x, eps)
+        else:
+            moments = torch.zeros(channels, device=x.device), torch.ones(channels, device=x.device)
+        rows = torch.full((1,), x.numel() // channels or NO_ROWS, dtype=moments[0].dtype, device=x.device)
+        own = torch.cat([*moments, rows])
+        every = own.new_empty(dist.get_world_size(), len(own))
+        dist.all_gather_into_tensor(every, own)
+        means, rstds, counts = every.split([channels, channels, 1], 1)
+        mean, rstd = torch.batch_norm_gather_stats_with_counts(
+            own, means, rstds, running_mean, running_var, share, eps, counts.view(-1)
+        )
+        ctx.save_for_backward(x, weight, mean, rstd, counts.int())
+        return torch.batch_norm_elemt(x, weight, bias, mean, rstd, eps) if x.numel() > 0 else torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients in x, weight and bias; the latter two of the own rows alone, as of any parameter."""
+        x, weight, mean, rstd, counts = ctx.saved_tensors
+        grad, affine = grad.contiguous(memory_format=_layout(x)), weight is not None
+        if x.numel() > 0:
+            reduced = torch.batch_norm_backward_reduce(grad, x, mean, rstd, weight, True, affine, affine)
+        else:
+            reduced = (torch.zeros_like(mean),) * 4
+        sums = torch.cat(reduced[:2])
+        dist.all_reduce(sums)
+        total, product = sums.chunk(2)
+        if x.numel() > 0:
+            grad = torch.batch_norm_backward_elemt(grad, x, mean, rstd, weight, total, product, counts)
+        return grad, *(reduced[2:] if affine else (None, None)), None, None, None, None
 
 
 def joined_moments(mean: Tensor, variance: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +189,13 @@ def joined_sum(value: Tensor) -> Tensor:
     return total
 
 
+def _stored(value: Tensor) -> Tensor:
+    """``value``, which a compiler shall not compute again for every element that uses it (Inductor stores what has
+    strides of its own).
+    """
+    return value.as_strided(value.shape, value.stride())
+
+
 def _in_type(value: Tensor, kind: torch.dtype) -> Tensor:
     """As ``value.to(kind)``; behind a conversion that changes nothing torch.compile (2.11) loses the gradient."""
     return value if value.dtype == kind else value.to(kind)
@@ -136,22 +209,17 @@ def _channels(x: Tensor) -> list[int]:
     return [1, -1] + [1] * (x.dim() - 2)
 
 
-def synchronised(model: nn.Module, torch_layers: bool) -> nn.Module:
-    """``model`` with its BatchNorm layers replaced; names and values of weights and buffers stay.
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
-    Args:
-        model: a module with or without BatchNorm.
-        torch_layers: by torch's own layer, for CUDA where nothing is compiled; else by ``JoinedBatchNorm``.
-    """
-    if torch_layers:
-        from timm.layers import convert_sync_batchnorm
 
-        converted: nn.Module = convert_sync_batchnorm(model)
-        return converted
+def synchronised(model: nn.Module) -> nn.Module:
+    """``model`` with its BatchNorm layers replaced; names and values of weights and buffers stay."""
     if isinstance(model, _BatchNorm):
         return JoinedBatchNorm(model)
     for name, child in model.named_children():
-        setattr(model, name, synchronised(child, torch_layers))
+        setattr(model, name, synchronised(child))
     return model
 
 

@@ -180,7 +180,7 @@ def compiled_encoder(processes: Processes) -> dict[str, Any]:
     task, patches = TASKS["classes"], torch.randn(7, 3, 6, 6)
     model = SlideModel(build_mil("abmil", 8, task.outputs, ModelConfig(inner_dim=8)), residual(), 512)
     if processes.world > 1:
-        model.synchronise(torch_layers=False)
+        model.synchronise()
         model.compile_encoder(backend="aot_eager", fullgraph=True)
     begins = [0, 4, 4, 7] if processes.world > 1 else [0, 7]
     mine = slice(*begins[processes.rank : processes.rank + 2])
@@ -195,14 +195,16 @@ def fused_encoder(processes: Processes) -> dict[str, Any]:
     from modules.encoders import build_encoder
 
     found = {}
-    for torch_layers in (True, False):
+    for name in ("eager", "compiled"):
         torch.manual_seed(0)
         patches, slope = torch.randn(24, 3, 96, 96), torch.randn(24, 256)
         encoder = build_encoder("r18", pretrained=False)
         model = SlideModel(build_mil("abmil", encoder.width, 3, ModelConfig(inner_dim=8)), encoder, 512)
         model = model.to(processes.device, memory_format=torch.channels_last)
         if processes.world > 1:
-            model.synchronise(torch_layers)
+            model.synchronise()
+        if name == "compiled":
+            model.compile_encoder()
         mine = slice(*((0, 24) if processes.world == 1 else ((0, 10), (10, 24))[processes.rank]))
         inputs = patches[mine].to(processes.device, memory_format=torch.channels_last)
         with torch.autocast("cuda", torch.bfloat16):
@@ -210,7 +212,6 @@ def fused_encoder(processes: Processes) -> dict[str, Any]:
         (features.float() * slope[mine].to(processes.device)).sum().backward()
         gradients = {k: p.grad.float().cpu() for k, p in encoder.named_parameters()}
         buffers = {k: b.cpu() for k, b in model.encoder.named_buffers() if b.is_floating_point()}
-        name = "torch" if torch_layers else "own"
         found[name] = {"features": features.detach().float().cpu(), "gradients": gradients, "buffers": buffers}
     return found
 
@@ -341,10 +342,7 @@ def test_synchronised_layers_keep_names_values_and_what_evaluation_says() -> Non
             buffer.add_(1) if buffer.is_floating_point() else None
     x = torch.randn(4, 3, 6, 6)
     before, names = plain(x), {k: v.clone() for k, v in plain.state_dict().items()}
-    joined = synchronised(plain, torch_layers=False)
+    joined = synchronised(plain)
     assert sum(isinstance(m, JoinedBatchNorm) for m in joined.modules()) == 2
     torch.testing.assert_close(joined(x), before)
     assert {k: v.shape for k, v in joined.state_dict().items()} == {k: v.shape for k, v in names.items()}
-    on_gpu = synchronised(encoder(), torch_layers=True)
-    assert sum(isinstance(m, nn.SyncBatchNorm) for m in on_gpu.modules()) == 2
-    assert any(isinstance(m, nn.SiLU) for m in on_gpu.modules())

@@ -88,4 +88,4 @@ def test_state_and_conversion_do_not_know_of_it(r18: nn.Module) -> None:
     x = torch.randn(2, 3, 32, 32)
     r18.eval(), plain.eval()
     assert torch.equal(r18(x), plain(x))
-    assert isinstance(synchronised(copy.deepcopy(r18), torch_layers=False).model.bn1, JoinedBatchNorm)
+    assert isinstance(synchronised(copy.deepcopy(r18)).model.bn1, JoinedBatchNorm)
