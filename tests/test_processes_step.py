@@ -147,16 +147,17 @@ def all_cases(processes: Processes, names: list[str]) -> dict[str, Any]:
 
 
 def normalised(processes: Processes) -> dict[str, Any]:
-    """Rows of three processes, one of which has none: output, gradients and running statistics of the joined norm."""
-    norm = JoinedBatchNorm(nn.BatchNorm2d(4))
-    x, _ = ROWS[processes.rank], norm.train()
+    """Rows of processes one of which has none: output, gradients and running statistics of the joined norm."""
+    norm = JoinedBatchNorm(nn.BatchNorm2d(4)).to(processes.device)
+    x, _ = ROWS[processes.rank].to(processes.device), norm.train()
     x.requires_grad_()
     y = norm(x)
-    (y * torch.arange(y.numel()).view_as(y)).sum().backward()
+    (y * torch.arange(y.numel(), device=y.device).view_as(y)).sum().backward()
     assert x.grad is not None
     assert norm.weight.grad is not None
     own = {"y": y.detach(), "x": x.grad, "weight": norm.weight.grad}
-    return own | {"mean": norm.running_mean, "var": norm.running_var}
+    own |= {"mean": norm.running_mean, "var": norm.running_var, "batches": norm.num_batches_tracked}
+    return {name: value.cpu() for name, value in own.items()}
 
 
 def residual() -> nn.Module:
@@ -276,19 +277,25 @@ def test_a_fused_encoder_joins_the_statistics_of_two_gpus(tmp_path: Path) -> Non
                 assert far(own[name]["buffers"][key], buffer) < 0.01, key
 
 
-def test_a_joined_norm_is_the_norm_of_the_joined_batch_also_of_a_process_without_rows(tmp_path: Path) -> None:
-    norm, x = nn.BatchNorm2d(4), torch.cat(ROWS).requires_grad_()
+@pytest.mark.parametrize(("device", "world"), [("cpu", 3), pytest.param("cuda", 2, marks=pytest.mark.gpu)])
+def test_a_joined_norm_is_the_norm_of_the_joined_batch_also_of_a_process_without_rows(
+    tmp_path: Path, device: str, world: int
+) -> None:
+    if device == "cuda" and torch.cuda.device_count() < world:
+        pytest.skip("needs two CUDA devices")
+    norm, x = nn.BatchNorm2d(4), torch.cat(ROWS[:world]).requires_grad_()
     y, begins = norm(x), [0, 5, 5]
-    factors = [torch.arange(r.numel()).view_as(r) for r in ROWS]
+    factors = [torch.arange(r.numel()).view_as(r) for r in ROWS[:world]]
     (y * torch.cat(factors)).sum().backward()
     assert x.grad is not None
-    found = results_of(normalised, 3, tmp_path / "norm")
-    for own, begin, rows in zip(found, begins, ROWS, strict=True):
+    found = results_of(normalised, world, tmp_path / "norm", device=device)
+    for own, begin, rows in zip(found, begins[:world], ROWS[:world], strict=True):
         mine = slice(begin, begin + len(rows))
         torch.testing.assert_close(own["y"], y[mine].detach(), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(own["x"], x.grad[mine], rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(own["mean"], norm.running_mean)
         torch.testing.assert_close(own["var"], norm.running_var, rtol=1e-4, atol=0)
+        assert own["batches"] == 1
     assert norm.weight.grad is not None
     torch.testing.assert_close(sum(own["weight"] for own in found), norm.weight.grad, rtol=1e-3, atol=1e-2)
 
