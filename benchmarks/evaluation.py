@@ -171,7 +171,7 @@ def main() -> None:
         counts = {"small": args.patches // 5, "s0": args.patches, "large": args.patches * 5}
         kilobytes = write_store(Path(name) / "high.lmdb", counts, args.stored)
         learner, source = make_learner(args, Processes(0, 1, device)), PixelSource(PatchStore(Path(name) / "high.lmdb"))
-        decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), source, learner.processes)
+        decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), source, learner.processes, args.workers)
         bench = Bench(args, learner, source, device, decoder)
         place = torch.cuda.get_device_name() if gpu else "CPU"
         print(

@@ -94,7 +94,7 @@ def make_learner(args: argparse.Namespace, processes: Processes) -> Learner:
 def batches_of(args: argparse.Namespace, folder: Path, processes: Processes) -> tuple[Iterator[Bags], TrainStream]:
     """The batches of many epochs, read and decoded as a run would."""
     sources: Sequence[Source] = [PixelSource(PatchStore(folder / name)) for name in ("low.lmdb", "high.lmdb")]
-    decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), sources[-1], processes)
+    decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), sources[-1], processes, args.workers)
     if decoder is not None:
         sources = coded(sources)
     samples = [Sample(f"s{i}", f"s{i}", (f"s{i}",), {"label": i % 6}) for i in range(args.slides)]

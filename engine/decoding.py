@@ -15,9 +15,12 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FEW_CORES = 8
-"""Up to so many CPU cores a process, a GPU with JPEG engines decodes. One core decodes 3,100 patches of 256 px a
-second, a step of ResNet-18 on an H100 takes 24,000, and the training process needs a core for itself."""
+FEW = 8
+"""Where so many or fewer reading processes can decode at once, a GPU with JPEG engines does it. One core decodes 3,100
+patches of 256 px a second, a step of ResNet-18 on an H100 takes 24,000."""
+
+FEW_FOR_WHOLE_BAGS = 16
+"""The same with ``--full_bag``, which decodes most patches of a large bag twice."""
 
 FEW_WITHOUT_ENGINES = 5
 """The same for a GPU that has to decode on its multiprocessors."""
@@ -28,24 +31,33 @@ def cores_of(processes: Processes) -> float:
     return usable_cores() / processes.local_world
 
 
-def gpu_decoder(data: DataConfig, source: Source, processes: Processes) -> GpuDecoder | None:
+def gpu_decoder(
+    data: DataConfig, source: Source, processes: Processes, workers: int, few: int = FEW
+) -> GpuDecoder | None:
     """The decoder for the patches of ``source``; None where the reading processes decode, and for features.
+
+    Args:
+        data: says who decodes; "auto" leaves it to the figures that follow.
+        source: what the patches come from.
+        processes: this process among those that share the machine's cores.
+        workers: reading processes of this process.
+        few: up to how many of them, each with a core, the GPU decodes in their place.
 
     Raises:
         UserError: when the GPU is asked for and cannot do it.
     """
     if not isinstance(source, PixelSource) or data.jpeg_decoder == "cpu":
         return None
-    asked, cores = data.jpeg_decoder == "gpu", cores_of(processes)
+    asked, able = data.jpeg_decoder == "gpu", min(cores_of(processes), workers)
     if processes.device.type != "cuda":
         if asked:
             raise UserError("jpeg_decoder is gpu, but this run computes on the CPU. Remove --jpeg_decoder=gpu.")
         return None
-    if not asked and cores > FEW_CORES:
+    if not asked and able > few:
         return None
     try:
         decoder = GpuDecoder(processes.device, source.store.image_size_px, source.order)
-        return decoder if asked or decoder.engines or cores <= FEW_WITHOUT_ENGINES else None
+        return decoder if asked or decoder.engines or able <= FEW_WITHOUT_ENGINES else None
     except NvJpegError as error:
         if asked:
             raise UserError(

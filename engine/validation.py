@@ -39,7 +39,8 @@ def eval_reader(
 ) -> EvalReader:
     """Reads this process's share of the bags of each split, as the options say."""
     data, source = setup.config.data, setup.sources.test
-    decoder = gpu_decoder(data, source, processes)
+    workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
+    decoder = gpu_decoder(data, source, processes, workers)
     if decoder is not None:
         (source,) = coded([source])
         plan = dataclasses.replace(plan, read=CODED_READ)
@@ -47,7 +48,6 @@ def eval_reader(
         split: EvalParts(samples, source, plan, shard(len(samples), processes.rank, processes.world))
         for split, samples in splits.items()
     }
-    workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
     return EvalReader(parts, loader_options(setup, processes, workers, decoder), processes.device)
 
 

@@ -32,7 +32,7 @@ from datasets.nvjpeg import Images, NvJpeg, NvJpegError
 from datasets.stacks import heads, pack
 from datasets.store import PatchStore, StoreHeader, StoreWriter
 from datasets.views import ViewPlan
-from engine.decoding import cores_of, gpu_decoder
+from engine.decoding import FEW, FEW_FOR_WHOLE_BAGS, cores_of, gpu_decoder
 from engine.sources import check_paths
 from utils.config import DataConfig
 from utils.dist import Processes
@@ -153,27 +153,32 @@ def test_batches_without_coded_patches_pass(store: PatchStore) -> None:
     assert torch.equal(same.instances, features.instances)
 
 
-def test_the_gpu_is_chosen_for_few_cores_only(store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_is_chosen_where_few_could_decode(store: PatchStore, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, made = Processes(0, 1, torch.device("cpu")), []
     decoder = SimpleNamespace(engines=True)
     monkeypatch.setattr("engine.decoding.GpuDecoder", lambda *args: made.append(args) or decoder)
     with pytest.raises(UserError, match="computes on the CPU"):
-        gpu_decoder(DataConfig(jpeg_decoder="gpu"), PixelSource(store), cpu)
-    assert gpu_decoder(DataConfig(), PixelSource(store), cpu) is None
+        gpu_decoder(DataConfig(jpeg_decoder="gpu"), PixelSource(store), cpu, 1)
+    assert gpu_decoder(DataConfig(), PixelSource(store), cpu, 1) is None
     gpu = replace(cpu, device=torch.device("cuda", 0))
-    for cores, peers, engines, chosen in (
-        (16, 1, True, False),
-        (16, 2, True, True),
-        (16, 2, False, False),
-        (16, 4, False, True),
-        (2, 1, True, True),
+    for cores, peers, workers, few, engines, chosen in (
+        (16, 1, 14, FEW, True, False),
+        (16, 1, 14, FEW_FOR_WHOLE_BAGS, True, True),
+        (16, 1, 14, FEW_FOR_WHOLE_BAGS, False, False),
+        (16, 1, 8, FEW, True, True),
+        (16, 1, 6, FEW, False, False),
+        (16, 1, 0, FEW, False, True),
+        (16, 2, 14, FEW, True, True),
+        (16, 2, 14, FEW, False, False),
+        (16, 4, 14, FEW, False, True),
+        (2, 1, 14, FEW, True, True),
     ):
         decoder.engines = engines
         monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
         own = replace(gpu, local_world=peers)
         assert cores_of(own) == cores / peers
-        assert (gpu_decoder(DataConfig(), PixelSource(store), own) is not None) == chosen
-        assert gpu_decoder(DataConfig(jpeg_decoder="cpu"), PixelSource(store), own) is None
+        assert (gpu_decoder(DataConfig(), PixelSource(store), own, workers, few) is not None) == chosen
+        assert gpu_decoder(DataConfig(jpeg_decoder="cpu"), PixelSource(store), own, workers, few) is None
 
 
 def test_features_need_no_decoder(tmp_path: Path) -> None:

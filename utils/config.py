@@ -123,7 +123,7 @@ class DataConfig:
     prefetch_factor: int = option(2, "batches that each reading process or thread keeps ready")
     jpeg_decoder: str = option(
         "auto",
-        "who decodes patches; auto: the GPU (nvJPEG) where this process has few CPU cores, else the reading processes",
+        "who decodes patches; auto: the GPU (nvJPEG) where few processes or cores could, else the reading processes",
         ("auto", "cpu", "gpu"),
     )
     pin_memory: bool = option(
