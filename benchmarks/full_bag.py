@@ -36,7 +36,7 @@ from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream
 from datasets.store import PatchStore
 from datasets.views import Renderer, ViewPlan
-from engine.decoding import FEW_FOR_WHOLE_BAGS, coded, gpu_decoder
+from engine.decoding import coded, gpu_decoder
 from engine.full_bag import FullBagLearner
 from engine.learner import Learner
 from engine.tasks import ClassificationTask
@@ -134,7 +134,7 @@ def whole_step(args: argparse.Namespace, folder: Path, patches: int) -> Callable
     stream, learner = TrainStream(4, 1, epochs=(0, 1000)), make_learner(args, FullBagLearner)
     source = source_of(args, folder, patches)
     data = DataConfig(jpeg_decoder=args.jpeg_decoder)
-    decoder = gpu_decoder(data, source, learner.processes, args.workers, FEW_FOR_WHOLE_BAGS)
+    decoder = gpu_decoder(data, source, learner.processes, args.workers)
     bags = bags_of(args, source if decoder is None else coded([source])[0])
     options = LoaderOptions(args.workers, 2, pin=GPU, decoder=decoder)
     batches = full_bag_batches(bags, stream, options, ChunkPlan(args.chunk, args.keep))

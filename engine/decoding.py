@@ -15,12 +15,9 @@ from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FEW = 8
-"""Where so many or fewer reading processes can decode at once, a GPU with JPEG engines does it. One core decodes 3,100
-patches of 256 px a second, a step of ResNet-18 on an H100 takes 24,000."""
-
-FEW_FOR_WHOLE_BAGS = 16
-"""The same with ``--full_bag``, which decodes most patches of a large bag twice."""
+FEW = 16
+"""Where so many or fewer reading processes can decode at once, a GPU with JPEG engines does it. Sixteen cores decode
+25,000 to 30,000 patches of 256 px a second; a step of ResNet-18 on an H100 takes as many, ``--full_bag`` more."""
 
 FEW_WITHOUT_ENGINES = 5
 """The same for a GPU that has to decode on its multiprocessors."""
@@ -31,9 +28,7 @@ def cores_of(processes: Processes) -> float:
     return usable_cores() / processes.local_world
 
 
-def gpu_decoder(
-    data: DataConfig, source: Source, processes: Processes, workers: int, few: int = FEW
-) -> GpuDecoder | None:
+def gpu_decoder(data: DataConfig, source: Source, processes: Processes, workers: int) -> GpuDecoder | None:
     """The decoder for the patches of ``source``; None where the reading processes decode, and for features.
 
     Args:
@@ -41,7 +36,6 @@ def gpu_decoder(
         source: what the patches come from.
         processes: this process among those that share the machine's cores.
         workers: reading processes of this process.
-        few: up to how many of them, each with a core, the GPU decodes in their place.
 
     Raises:
         UserError: when the GPU is asked for and cannot do it.
@@ -53,7 +47,7 @@ def gpu_decoder(
         if asked:
             raise UserError("jpeg_decoder is gpu, but this run computes on the CPU. Remove --jpeg_decoder=gpu.")
         return None
-    if not asked and able > few:
+    if not asked and able > FEW:
         return None
     try:
         decoder = GpuDecoder(processes.device, source.store.image_size_px, source.order)

@@ -11,14 +11,13 @@ from typing import Any
 import torch
 
 from datasets.bags import Bags, TrainBags
-from datasets.coded import GpuDecoder
 from datasets.full_bags import full_bag_batches
 from datasets.label_types import Fold
 from datasets.loaders import TrainStream, train_batches
 from datasets.sampling import bag_limit
 from engine import memory, task_builder
 from engine.attention_sampling import check_attention_sampling
-from engine.decoding import FEW, FEW_FOR_WHOLE_BAGS, coded, gpu_decoder
+from engine.decoding import coded, gpu_decoder
 from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
 from engine.full_bag import FullBagLearner
@@ -79,16 +78,10 @@ def training_stream(
     )
 
 
-def training_decoder(setup: Setup, processes: Processes) -> GpuDecoder | None:
-    """The GPU's decoder for training patches; None where the reading processes decode, and for features."""
-    data, few = setup.config.data, FEW if setup.chunks is None else FEW_FOR_WHOLE_BAGS
-    return gpu_decoder(data, setup.sources.train[-1], processes, data.num_workers, few)
-
-
 def training_batches(setup: Setup, fold: Fold, processes: Processes, stream: TrainStream) -> Iterator[Bags]:
     """The batches of ``stream``, prepared as the options say."""
     data, sources = setup.config.data, setup.sources.train
-    decoder = training_decoder(setup, processes)
+    decoder = gpu_decoder(data, sources[-1], processes, data.num_workers)
     if decoder is not None:
         sources = coded(sources)
         log.info("The GPU decodes the patches (--jpeg_decoder).")

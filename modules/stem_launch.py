@@ -74,13 +74,13 @@ def pooled_like(z: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for y, or for the places of its maxima."""
     count, channels, height, width = z.shape
     shape = count, channels, (height + 1) // 2, (width + 1) // 2
-    return z.new_empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype, device=z.device, memory_format=torch.channels_last)
 
 
 def convolved_like(x: Tensor, w: Tensor) -> Tensor:
     """Memory for z."""
     shape = x.shape[0], w.shape[0], (x.shape[2] + 1) // 2, (x.shape[3] + 1) // 2
-    return x.new_empty(shape).contiguous(memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _programs(z: Tensor, size: int, tiles: Tiles) -> int:

@@ -32,7 +32,7 @@ from datasets.nvjpeg import Images, NvJpeg, NvJpegError
 from datasets.stacks import heads, pack
 from datasets.store import PatchStore, StoreHeader, StoreWriter
 from datasets.views import ViewPlan
-from engine.decoding import FEW, FEW_FOR_WHOLE_BAGS, cores_of, gpu_decoder
+from engine.decoding import cores_of, gpu_decoder
 from engine.sources import check_paths
 from utils.config import DataConfig
 from utils.dist import Processes
@@ -161,24 +161,22 @@ def test_the_gpu_is_chosen_where_few_could_decode(store: PatchStore, monkeypatch
         gpu_decoder(DataConfig(jpeg_decoder="gpu"), PixelSource(store), cpu, 1)
     assert gpu_decoder(DataConfig(), PixelSource(store), cpu, 1) is None
     gpu = replace(cpu, device=torch.device("cuda", 0))
-    for cores, peers, workers, few, engines, chosen in (
-        (16, 1, 14, FEW, True, False),
-        (16, 1, 14, FEW_FOR_WHOLE_BAGS, True, True),
-        (16, 1, 14, FEW_FOR_WHOLE_BAGS, False, False),
-        (16, 1, 8, FEW, True, True),
-        (16, 1, 6, FEW, False, False),
-        (16, 1, 0, FEW, False, True),
-        (16, 2, 14, FEW, True, True),
-        (16, 2, 14, FEW, False, False),
-        (16, 4, 14, FEW, False, True),
-        (2, 1, 14, FEW, True, True),
+    for cores, peers, workers, engines, chosen in (
+        (32, 1, 30, True, False),
+        (32, 1, 14, True, True),
+        (32, 2, 30, True, True),
+        (32, 2, 30, False, False),
+        (32, 1, 6, False, False),
+        (32, 1, 0, False, True),
+        (32, 8, 14, False, True),
+        (2, 1, 14, True, True),
     ):
         decoder.engines = engines
         monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
         own = replace(gpu, local_world=peers)
         assert cores_of(own) == cores / peers
-        assert (gpu_decoder(DataConfig(), PixelSource(store), own, workers, few) is not None) == chosen
-        assert gpu_decoder(DataConfig(jpeg_decoder="cpu"), PixelSource(store), own, workers, few) is None
+        assert (gpu_decoder(DataConfig(), PixelSource(store), own, workers) is not None) == chosen
+        assert gpu_decoder(DataConfig(jpeg_decoder="cpu"), PixelSource(store), own, workers) is None
 
 
 def test_features_need_no_decoder(tmp_path: Path) -> None:

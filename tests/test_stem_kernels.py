@@ -253,3 +253,29 @@ def test_encoder_on_the_gpu_has_the_values_and_gradients_of_the_plain_one(
 
 if __name__ == "__main__":
     check_all()
+
+
+def test_memory_for_maps_is_allocated_and_not_copied() -> None:
+    """A map of the first layers has gigabytes: a copy of what nobody has written yet took an eighth of a step."""
+    pytest.importorskip("triton")
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from modules.stem_launch import convolved_like, pooled_like
+
+    class Calls(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.names: list[str] = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    x, w = patches(14, 14), torch.randn(16, 3, 7, 7)
+    with Calls() as calls:
+        z = convolved_like(x, w)
+        y, places = pooled_like(z, z.dtype), pooled_like(z, torch.uint8)
+    assert calls.names == ["aten.empty.memory_format"] * 3
+    assert z.shape == (2, 16, 7, 7)
+    assert y.shape == places.shape == (2, 16, 4, 4)
+    assert all(m.is_contiguous(memory_format=LAST) for m in (z, y, places))
