@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from datasets.coded import GpuDecoder
 from datasets.instances import CodedSource, PixelSource, Source
 from datasets.nvjpeg import NvJpegError
+from datasets.stacks import pack
 from utils.config import DataConfig
 from utils.cores import usable_cores
 from utils.dist import Processes
@@ -19,8 +20,11 @@ FEW = 16
 """Where so many or fewer reading processes can decode at once, a GPU with JPEG engines does it. Sixteen cores decode
 25,000 to 30,000 patches of 256 px a second; a step of ResNet-18 on an H100 takes as many, ``--full_bag`` more."""
 
-FEW_WITHOUT_ENGINES = 5
-"""The same for a GPU that has to decode on its multiprocessors."""
+FEW_WHERE_SLOW = 5
+"""The same for a GPU that has to decode on its multiprocessors, and for JPEGs that do not stack."""
+
+SAMPLE = 8
+"""Patches of a slide that are tried."""
 
 
 def cores_of(processes: Processes) -> float:
@@ -47,11 +51,11 @@ def gpu_decoder(data: DataConfig, source: Source, processes: Processes, workers:
         if asked:
             raise UserError("jpeg_decoder is gpu, but this run computes on the CPU. Remove --jpeg_decoder=gpu.")
         return None
-    if not asked and able > FEW:
+    if not asked and able > (FEW if _stack(source) else FEW_WHERE_SLOW):
         return None
     try:
         decoder = GpuDecoder(processes.device, source.store.image_size_px, source.order)
-        return decoder if asked or decoder.engines or able <= FEW_WITHOUT_ENGINES else None
+        return decoder if asked or decoder.engines or able <= FEW_WHERE_SLOW else None
     except NvJpegError as error:
         if asked:
             raise UserError(
@@ -60,6 +64,14 @@ def gpu_decoder(data: DataConfig, source: Source, processes: Processes, workers:
             ) from error
         log.info("The reading processes decode the patches, because nvJPEG does not work here: %s.", error)
         return None
+
+
+def _stack(source: PixelSource) -> bool:
+    """Whether the JPEGs of a store are of one form, from some of the first, the middle and the last slide."""
+    store = source.store
+    slides = [slide for slide in store.slides if store.counts[slide]]
+    chosen = [slides[i] for i in sorted({0, len(slides) // 2, len(slides) - 1})] if slides else []
+    return all(len(pack(store.read(s, range(min(store.counts[s], SAMPLE))))) == 1 for s in chosen)
 
 
 def coded(sources: Sequence[Source]) -> tuple[Source, ...]:

@@ -179,6 +179,22 @@ def test_the_gpu_is_chosen_where_few_could_decode(store: PatchStore, monkeypatch
         assert gpu_decoder(DataConfig(jpeg_decoder="cpu"), PixelSource(store), own, workers) is None
 
 
+def test_jpegs_that_do_not_stack_are_left_to_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.decoding.GpuDecoder", lambda *_: SimpleNamespace(engines=True))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
+    gpu, image = Processes(0, 1, torch.device("cuda", 0)), Image.fromarray(np.zeros((SIDE_PX, SIDE_PX, 3), np.uint8))
+    for sampling, workers, chosen in ((2, 14, True), (0, 14, False), (1, 14, False), (1, 4, True)):
+        file = io.BytesIO()
+        image.save(file, "JPEG", subsampling=sampling)
+        path = tmp_path / f"{sampling} {workers}.lmdb"
+        with StoreWriter(path, StoreHeader(image_size_px=SIDE_PX)) as writer:
+            for slide in ("s0", "s1"):
+                writer.put_slide(slide, [file.getvalue()] * 3)
+        source = PixelSource(PatchStore(path))
+        assert (gpu_decoder(DataConfig(), source, gpu, workers) is not None) == chosen
+        assert gpu_decoder(DataConfig(jpeg_decoder="gpu"), source, gpu, workers) is not None
+
+
 def test_features_need_no_decoder(tmp_path: Path) -> None:
     faults = Faults("input")
     (tmp_path / "labels.csv").touch()
