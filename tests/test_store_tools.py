@@ -17,6 +17,7 @@ from datasets import jpeg
 from datasets.store import PatchStore, SlideInfo, StoreHeader, StoreWriter
 from datasets.store.__main__ import main
 from datasets.store.verify import verify
+from utils.errors import UserError
 
 SLIDES = {"a": patches(1, 4), "b": patches(2, 2), "c": patches(3, 1)}
 
@@ -71,19 +72,47 @@ def damage(path: Path) -> None:
         txn.put(b"__coords__/c", b"\0" * 8)
 
 
+def without_checksums(path: Path) -> None:
+    """As stores were written before 2026-11-23."""
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        for slide in SLIDES:
+            assert txn.delete(f"__crc32__/{slide}".encode())
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_verify_names_every_bad_patch(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sums", [True, False])
+def test_verify_names_every_bad_patch(
+    workers: int, sums: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("datasets.store.verify.CHUNK_PATCHES", 2)
     path = write(tmp_path / "x.lmdb", SLIDES)
     assert verify(path, workers).faults == []
     assert verify(path, workers).patches == 7
     damage(path)
+    if not sums:
+        without_checksums(path)
     faults = "\n".join(verify(path, workers).faults)
     assert "patch 1 of slide 'a' is missing" in faults
-    assert "patch 2 of slide 'a': truncated" in faults
-    assert "patch 0 of slide 'b' has 8 x 8 px, the header says 16" in faults
+    assert f"patch 2 of slide 'a'{' is not what was written' if sums else ': truncated'}" in faults
+    assert f"patch 0 of slide 'b' {'is not what' if sums else 'has 8 x 8 px, the header says 16'}" in faults
     assert "slide 'c' has 1 patches and 0.5 coordinates" in faults
     assert faults.count("\n") == 3
+
+
+def test_damage_inside_of_a_patch_is_an_error_at_every_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.lmdb", SLIDES)
+    with lmdb.open(str(path), subdir=False, lock=False) as env, env.begin(write=True) as txn:
+        value = bytearray(txn.get(b"a-1"))
+        value[-40] ^= 1
+        txn.put(b"a-1", bytes(value))
+        txn.put(b"__crc32__/c", b"\0" * 6)
+    with PatchStore(path) as store:
+        assert store.read("a", [0, 2]) == [SLIDES["a"][i] for i in (0, 2)]
+        with pytest.raises(UserError, match=r"x.lmdb: patch 1 of slide 'a' is not what was written \(its CRC-32"):
+            store.read("a", [2, 1])
+        with pytest.raises(UserError, match="slide 'c' has 1 patches and 1.5 checksums: damaged"):
+            store.read("c", [0])
+    assert main(["merge", str(tmp_path / "y.lmdb"), str(path)]) == 2
 
 
 def test_verify_as_a_command_ends_with_status_1(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_kills_at_random_moments_lose_the_slide_in_work_only(tmp_path: Path) -> 
     assert start_writing(path).wait() == 0
     with PatchStore(path) as store:
         assert sorted(store.slides) == sorted(f"s{n}" for n in range(40))
-    assert entries(path) == 40 * 60 + 40 * 2 + len(layout.RECORDS), "a killed run has left patches behind"
+    assert entries(path) == 40 * 60 + 40 * 3 + len(layout.RECORDS), "a killed run has left patches behind"
 
 
 def entries(path: Path) -> int:
@@ -140,7 +140,7 @@ def test_a_slide_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
             store.put_slide("bad", broken(20))
         store.put_slide("next", fake_jpegs(2, 5))
     assert PatchStore(path).counts == {"good": 5, "next": 5}
-    assert entries(path) == 10 + 2 + len(layout.RECORDS)
+    assert entries(path) == 10 + 2 * 2 + len(layout.RECORDS)
 
 
 def test_blocks_come_in_any_order_and_slides_mix(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_replacing_a_slide_drops_its_surplus(tmp_path: Path) -> None:
     with PatchStore(path) as read:
         assert read.read("a", range(2)) == fake_jpegs(3, 2)
         assert read.read("a-1", range(3)) == fake_jpegs(2, 3)
-    assert entries(path) == 5 + 2 + len(layout.RECORDS)
+    assert entries(path) == 5 + 2 * 2 + len(layout.RECORDS)
 
 
 def test_continuing_asks_for_the_same_settings(tmp_path: Path) -> None:
@@ -268,10 +268,10 @@ def test_what_a_stopped_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.
         store.add("c", 5, fake_jpegs(2, 4))
         os._exit(0)
     os.waitpid(child, 0)
-    assert entries(path) > 3 + 1 + len(layout.RECORDS)
+    assert entries(path) > 3 + 2 + len(layout.RECORDS)
     assert any("slides in work" in fault for fault in verify(path).faults)
     StoreWriter(path, HEADER).close()
-    assert entries(path) == 3 + 1 + len(layout.RECORDS)
+    assert entries(path) == 3 + 2 + len(layout.RECORDS)
 
 
 def test_a_removed_slide_leaves_nothing(tmp_path: Path) -> None:

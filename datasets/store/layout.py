@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,8 +123,17 @@ def coords_key(slide: str) -> bytes:
     return f"__coords__/{slide}".encode()
 
 
+def sums_key(slide: str) -> bytes:
+    return f"__crc32__/{slide}".encode()
+
+
 def info_key(slide: str) -> bytes:
     return f"__info__/{slide}".encode()
+
+
+def checksum(jpeg: bytes) -> int:
+    """What is stored beside a patch, to know later that it is what was written."""
+    return zlib.crc32(jpeg)
 
 
 def check_name(slide: str) -> None:

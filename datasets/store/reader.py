@@ -108,7 +108,9 @@ class PatchStore:
             raise UserError(f"{self.path}: no slide {slide!r} among {len(self.slides)}.{hint}") from None
 
     def read(self, slide: str, indices: Iterable[int]) -> list[bytes]:
-        """The JPEG bytes of some patches, in the order of ``indices``.
+        """The JPEG bytes of some patches, in the order of ``indices``, as they were written.
+
+        Stores of the published program have no checksums, so damage inside of a value is not seen there.
 
         Raises:
             UserError: unknown slide, missing patch or damaged value, with slide, index and file.
@@ -117,6 +119,7 @@ class PatchStore:
         file = self.files[number]
         images = []
         with self._transaction(number) as txn:
+            sums = self._checksums(txn, slide)
             for index in indices:
                 value = txn.get(layout.patch_key(slide, int(index)))
                 if value is None:
@@ -128,7 +131,22 @@ class PatchStore:
                     images.append(safe_pickle.unpack_bytes(value))
                 except UserError as error:
                     raise UserError(f"{file}: patch {index} of slide {slide!r}: {error}") from error
+                if sums is not None and sums[index] != layout.checksum(images[-1]):
+                    raise UserError(
+                        f"{file}: patch {index} of slide {slide!r} is not what was written (its CRC-32 differs): the "
+                        "file was damaged since. Copy it again, or remove the slide and write it anew."
+                    )
         return images
+
+    def _checksums(self, txn: Any, slide: str) -> NDArray[np.uint32] | None:
+        """(N,) of the patches; None where not stored."""
+        value = txn.get(layout.sums_key(slide))
+        if value is not None and len(value) != 4 * self.counts[slide]:
+            count = self.counts[slide]
+            raise UserError(
+                f"{self.path}: slide {slide!r} has {count} patches and {len(value) / 4:g} checksums: damaged."
+            )
+        return None if value is None else np.frombuffer(value, dtype="<u4")
 
     def coords(self, slide: str) -> NDArray[np.int64] | None:
         """(N, 2) int64 upper left corners (x, y) in level-0 px, row i for patch i; None where not stored."""

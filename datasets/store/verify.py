@@ -14,6 +14,8 @@ from datasets.store.reader import PatchStore
 from utils.errors import UserError
 
 CHUNK_PATCHES = 1000
+BESIDE = (layout.info_key, layout.coords_key, layout.sums_key)
+"""Keys of what is stored beside the patches of a slide."""
 
 
 @dataclass
@@ -109,5 +111,5 @@ def _keys_agree(value: bytes | None, store: PatchStore) -> bool:
 
 def _count_records(txn: Any, slides: list[str]) -> int:
     """Entries that are no patches."""
-    keys = [*layout.RECORDS, *map(layout.info_key, slides), *map(layout.coords_key, slides)]
+    keys = [*layout.RECORDS, *(key(slide) for slide in slides for key in BESIDE)]
     return sum(txn.get(key) is not None for key in keys)

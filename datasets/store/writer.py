@@ -61,6 +61,7 @@ class StoreWriter:
         self._counts: dict[str, int] = {}
         self._in_work: dict[str, int] = {}
         self._written: dict[str, int] = {}
+        self._sums: dict[str, dict[int, int]] = {}
         self._buffer: list[tuple[bytes, bytes]] = []
         self._buffer_bytes = 0
         self._listed = 0
@@ -196,6 +197,7 @@ class StoreWriter:
         if slide not in self._in_work:
             layout.check_name(slide)
             self._in_work[slide] = self._written[slide] = 0
+            self._sums[slide] = {}
         end = start
         for index, jpeg in enumerate(jpegs, start):
             end = index + 1
@@ -203,6 +205,7 @@ class StoreWriter:
             self._buffer.append((layout.patch_key(slide, index), value))
             self._buffer_bytes += len(value)
             self._written[slide] += 1
+            self._sums[slide][index] = layout.checksum(jpeg)
         self._in_work[slide] = max(self._in_work[slide], end)
         if self._buffer_bytes >= FLUSH_BYTES:
             self._commit(self._put_buffer)
@@ -225,6 +228,7 @@ class StoreWriter:
             raise UserError(f"{self.path}: slide {slide!r} has {written} of {wanted} patches; it cannot be finished.")
         layout.check_name(slide)
         record = SlideInfo(**{**(info or SlideInfo()).__dict__, "count": count})
+        sums = self._sums.get(slide, {})
         before = dict(self._counts), dict(self._in_work), self._listed
         self._counts[slide] = count
         self._in_work.pop(slide, None)
@@ -232,6 +236,7 @@ class StoreWriter:
         def work(txn: Any) -> None:
             self._put_buffer(txn)
             txn.put(layout.info_key(slide), layout.dump_record(record))
+            txn.put(layout.sums_key(slide), np.array([sums[i] for i in range(count)], dtype="<u4").tobytes())
             if coords is not None:
                 txn.put(layout.coords_key(slide), np.ascontiguousarray(coords, dtype="<i8").tobytes())
             self._put_metadata(txn)
@@ -243,12 +248,14 @@ class StoreWriter:
             raise
         self._empty_buffer()
         self._written.pop(slide, None)
+        self._sums.pop(slide, None)
         self.finished[slide] = record
 
     def discard(self, slide: str) -> None:
         """Drops a slide in work: what was written of it is deleted."""
         count = self._in_work.pop(slide, None)
         self._written.pop(slide, None)
+        self._sums.pop(slide, None)
         if count is None:
             return
         stems = {layout.patch_key(slide, index) for index in range(count)}
@@ -275,6 +282,7 @@ class StoreWriter:
 
         def work(txn: Any) -> None:
             txn.delete(layout.info_key(slide))
+            txn.delete(layout.sums_key(slide))
             txn.delete(layout.coords_key(slide))
             self._put_metadata(txn)
             self._put_pending(txn)
