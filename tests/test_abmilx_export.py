@@ -34,6 +34,9 @@ def export(options: dict[str, Any]) -> torch.export.ExportedProgram:
     return torch.export.export(head(options), bags(2, 20), dynamic_shapes=({0: batch, 1: count}, {0: batch, 1: count}))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.6", reason="torch 2.5 tells compilers other strides than SDPA's gradient has"
+)
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_compiles_to_one_graph(options: dict[str, Any]) -> None:
     model = head(options)

@@ -104,7 +104,10 @@ def test_several_processes_equal_one_for_the_same_global_batch(tiny: TinyCohort,
         ]
         assert chosen[0] == chosen[1]
         assert list(runs[world].scores) == list(alone.scores)
-        np.testing.assert_allclose(list(runs[world].scores.values()), list(alone.scores.values()), atol=1e-3)
+        scores = [np.array(list(run.scores.values())) for run in (runs[world], alone)]
+        if name == "cox":  # its risks have no origin: the last bias has a gradient of rounding alone
+            scores = [s - s.mean() for s in scores]
+        np.testing.assert_allclose(*scores, atol=1e-3)
         own, whole = ([v.float().flatten() for v in run.weights.values()] for run in (runs[world], alone))
         # Adam makes full steps of a gradient that is zero but for rounding, as that of a bias before a norm.
         assert ((torch.cat(own) - torch.cat(whole)).abs() > 1e-3).float().mean() < 0.01
