@@ -29,6 +29,7 @@ from engine.bench_supply import (
     Reading,
     Supply,
     by_processes,
+    by_readers,
     bytes_to_read,
     first_and_again,
     sample_jpegs,
@@ -155,16 +156,16 @@ def _total(processes: Processes, rate: float) -> float:
 
 
 def _measure_supply(setup: Setup, fold: Fold, processes: Processes, share: dict[str, float]) -> Supply:
-    """Reading and decoding by one process, while the others wait, and by all reading processes at once."""
+    """Reading and decoding by one process, while the others wait, and by all readers at once."""
     workers = _readers(setup, processes)
-    seed, crowd = [fold.seed, processes.rank], f"{max(workers, 1) * processes.world} process(es)"
+    seed, crowd = [fold.seed, processes.rank], f"{max(workers, 1) * processes.world} reader(s)"
     reading = Reading(fold.train, setup.sources.train, setup.plan, [*seed, 0])
     others = Reading(fold.train, setup.sources.train, setup.plan, [*seed, 1])
     begin_stage(processes, "reading, one process")
     alone = first_and_again(reading, share["read"] / 3) if processes.is_main else None
     first, again = processes.gather(alone)[0]
     begin_stage(processes, f"reading, {crowd}")
-    read = Rate.joined(processes.gather(by_processes(others, workers, share["read"] / 3)))
+    read = Rate.joined(processes.gather(by_readers(others, workers, share["read"] / 3)))
     sample = sample_jpegs(reading)
     if sample is None:
         return Supply(first, again, read, None, None)

@@ -102,7 +102,7 @@ def number(rate: float) -> str:
 def table(f: Figures) -> list[str]:
     """The figures as lines of a table."""
     s, supply = f.setting, f.supply
-    crowd = f"{s.readers} process(es)"
+    crowd = f"{s.readers} reader(s)"
     rows: list[tuple[str, float | None, str]] = [
         ("read, one process, first time", supply.read_first.per_s, _of_files(supply.read_first)),
         ("read, one process, again", supply.read_again.per_s, _of_files(supply.read_again)),
@@ -116,7 +116,7 @@ def table(f: Figures) -> list[str]:
         ("everything together", f.loop, f"waits for data {f.data_wait:.0%} of the time"),
         ("evaluation, reading included", f.evaluate, ""),
     ]
-    head = f"{s.name}; {s.cores} core(s), {s.processes} training process(es), {s.workers} reading process(es) each"
+    head = f"{s.name}; {s.cores} core(s), {s.processes} training process(es), {s.workers} reader(s) each"
     memory = "" if f.memory_gib is None else f"; peak memory {f.memory_gib:.1f} GiB"
     lines = [head + memory, f"{'stage':34}{s.unit + '/s':>12}  of step"]
     return lines + [

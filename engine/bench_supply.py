@@ -1,7 +1,9 @@
-"""How fast the data come without a model: reading from the files, and decoding, in one process and in many."""
+"""How fast the data come without a model: reading from the files, and decoding, by one reader and by many."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,11 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from datasets.ahead import in_threads
 from datasets.bags import SamplingPlan
 from datasets.instances import FeatureSource, PixelSource, Source
 from datasets.jpeg import decode
 from datasets.label_types import Sample
-from datasets.loaders import quiet_worker
+from datasets.loaders import quiet_worker, read_by_threads
 
 PIECE = 64
 """Patches between two looks at the clock: 20 ms of decoding on one core, a second or two on the slowest disks."""
@@ -68,7 +71,7 @@ class Supply:
     Attributes:
         read_first: one process reading what it had not read before.
         read_again: the same once more.
-        read_all: all reading processes, other instances.
+        read_all: all readers, other instances.
         decode_one, decode_all: one process and all, on CPU cores; None for features.
         decode_gpu: the GPUs, which do nothing else; None where they do not decode in this run.
     """
@@ -133,8 +136,8 @@ def _read(source: Source, slide: str, picks: np.ndarray) -> tuple[int, int]:
 
 
 def _faults() -> int:
-    """Pages that this process had to wait for, from the disk, so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    """Pages that this reader had to wait for, from the disk, so far."""
+    return resource.getrusage(getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)).ru_majflt
 
 
 class Decoding(Dataset[Amount]):
@@ -178,6 +181,16 @@ def first_and_again(reading: Reading, seconds: float) -> tuple[Rate, Rate]:
     begin = time.perf_counter()
     again = [reading[1 + number] for number in range(len(amounts))]
     return first, Rate.of(again, time.perf_counter() - begin)
+
+
+def by_readers(reading: Reading, workers: int, seconds: float) -> Rate:
+    """How fast ``workers`` read, threads where training reads with threads; 0: this process by itself."""
+    if not read_by_threads(reading.sources):
+        return by_processes(reading, workers, seconds)
+    threads = max(workers, 1)
+    pieces = in_threads(reading.__getitem__, itertools.count(), threads, 2 * threads)
+    with contextlib.closing(pieces):
+        return flow(pieces, 2 * threads, threads, seconds)
 
 
 def by_processes(work: Dataset[Amount], workers: int, seconds: float) -> Rate:

@@ -110,9 +110,9 @@ def _headline(f: Figures, limit: str) -> str:
     s = f.setting
     what = {
         DEVICE: f"the {_place(s)}. Data come fast enough",
-        DISK: f"the disk, which gives {number(f.supply.read_all.per_s)} {s.unit}/s to {s.readers} reading process(es)",
+        DISK: f"the disk, which gives {number(f.supply.read_all.per_s)} {s.unit}/s to {s.readers} reader(s)",
         DECODING: "decoding" + _rates_of_decoding(f),
-        READING: f"reading, {number(f.supply.read_all.per_s)} {s.unit}/s in {s.readers} process(es)",
+        READING: f"reading, {number(f.supply.read_all.per_s)} {s.unit}/s to {s.readers} reader(s)",
         PASSING_ON: f"putting batches together and passing them on, {number(f.loader)} {s.unit}/s",
         COPYING: f"copying to the GPU, {number(f.copy or 0)} {s.unit}/s, during which it does not compute",
         OTHERS: "other programs on this machine, or what is done between two steps: everything alone is fast enough",
@@ -139,7 +139,7 @@ def _rates_of_decoding(f: Figures) -> str:
     if f.supply.decode_one is None or f.supply.decode_all is None:
         return ""
     one, every = number(f.supply.decode_one.per_s), number(f.supply.decode_all.per_s)
-    return f", {one} patches/s a core and {every} in {f.setting.readers} process(es)"
+    return f", {one} patches/s a core and {every} by {f.setting.readers} reader(s)"
 
 
 def _advice(f: Figures, limit: str) -> Iterator[str]:
@@ -200,7 +200,7 @@ def _more_processes(f: Figures) -> Iterator[str]:
         )
     else:
         yield (
-            f"More reading processes do not help: {s.readers} of them and {s.processes} training process(es) have "
+            f"More readers do not help: {s.readers} of them and {s.processes} training process(es) have "
             f"{s.cores} core(s), and {wanted} would be needed."
         )
 

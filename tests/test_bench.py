@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,6 +34,7 @@ from engine.bench_supply import (
     Rate,
     Reading,
     Supply,
+    by_readers,
     bytes_to_read,
     first_and_again,
     flow,
@@ -150,7 +152,7 @@ def test_decoding_limits_and_too_few_cores_are_free() -> None:
 
 def test_decoding_limits_and_no_core_is_free() -> None:
     f = decoding_limits(cores=5)
-    assert "More reading processes do not help" in text(f)
+    assert "More readers do not help" in text(f)
     assert "--num_workers=" not in text(f)
     assert "--jpeg_decoder=gpu" in text(f)
 
@@ -272,7 +274,7 @@ def test_the_table_leaves_out_what_there_is_not() -> None:
     assert "decode" not in lines
     assert "copy" not in lines
     assert "evaluation" not in lines
-    assert "decode, 4 process(es)" in "\n".join(table(BALANCED))
+    assert "decode, 4 reader(s)" in "\n".join(table(BALANCED))
 
 
 # Supply
@@ -331,6 +333,21 @@ def test_features_are_looked_at_and_counted(tmp_path: Path) -> None:
     assert Reading(samples(["a"]), [source], SamplingPlan(4), [0])[0].instances == 4
     assert sample_jpegs(whole) is None
     assert bytes_to_read(samples(["a"]), [source]) == (tmp_path / "pt_files" / "a.pt").stat().st_size
+
+
+def test_features_are_read_by_threads_where_training_does_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "pt_files").mkdir()
+    torch.save(torch.zeros(9, 16), tmp_path / "pt_files" / "a.pt")
+    reading = Reading(samples(["a"]), [FeatureSource(FeatureFolder(tmp_path))], SamplingPlan(0), [0])
+    seen: set[str] = set()
+    read = Reading.__getitem__
+    monkeypatch.setattr(
+        Reading, "__getitem__", lambda own, k: (seen.add(threading.current_thread().name), read(own, k))[1]
+    )
+    rate = by_readers(reading, 2, 0.05)
+    assert rate.per_s > 0
+    assert rate.mb_s == pytest.approx(rate.per_s * 64 / 1e6)
+    assert seen == {"reading ahead"}
 
 
 def test_decoding_repeats_the_same_patches() -> None:
