@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from modules.compiled import CompiledEncoder
-from modules.sync_batchnorm import largest_of_all, synchronised
+from modules.sync_batchnorm import JoinedBatchNorm, largest_of_all, synchronised
 from utils.chunks import split_sizes
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -61,8 +61,12 @@ class SlideModel(nn.Module):
 
     def compile_encoder(self, **options: object) -> None:
         """From now on the encoder runs compiled (``modules.compiled``), with these options of ``torch.compile``."""
-        if self.encoder is not None:
-            self._compiled = CompiledEncoder(self.encoder, self.chunk, **options)
+        if self.encoder is None:
+            return
+        for layer in self.encoder.modules():
+            if isinstance(layer, JoinedBatchNorm):
+                layer.compiled = True
+        self._compiled = CompiledEncoder(self.encoder, self.chunk, **options)
 
     def train(self, mode: bool = True) -> SlideModel:
         super().train(mode)

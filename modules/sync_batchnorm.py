@@ -29,7 +29,11 @@ class JoinedBatchNorm(_BatchNorm):
 
     Attributes:
         drop, act: what a timm layer that joins norm and activation does behind the norm.
+        compiled: whether any process may run it in a compiled graph. Then all exchange what such a graph does, also
+            one that runs it uncompiled, for it has no rows.
     """
+
+    compiled = False
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
@@ -50,7 +54,7 @@ class JoinedBatchNorm(_BatchNorm):
 
     def _joined(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            if x.is_cuda and not torch.compiler.is_compiling():
+            if x.is_cuda and not (self.compiled or torch.compiler.is_compiling()):
                 return self._by_kernels(x)
             out, mean, variance, count = _Normalise.apply(x, self.weight, self.bias, self.eps)
             track(self, mean, variance, count)

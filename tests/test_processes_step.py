@@ -342,6 +342,17 @@ def test_every_bag_counts_once_in_an_epoch_and_in_the_step_of_one_process(
     assert sorted(p for batch in alone for _, p in batch) == list(range(count))
 
 
+def test_a_compiled_encoder_exchanges_the_same_also_where_it_runs_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process without patches does; with other exchanges than the rest it would wait for them for ever."""
+    monkeypatch.setattr("modules.model.largest_of_all", lambda number: number)
+    model = SlideModel(nn.BatchNorm1d(WIDTH), encoder())
+    model.synchronise()
+    assert not any(layer.compiled for layer in model.modules() if isinstance(layer, JoinedBatchNorm))
+    model.compile_encoder(backend="eager")
+    assert [layer.compiled for layer in model.encoder.modules() if isinstance(layer, JoinedBatchNorm)] == [True, True]
+    assert not model.mil.compiled
+
+
 def test_synchronised_layers_keep_names_values_and_what_evaluation_says() -> None:
     plain = encoder().eval()
     with torch.no_grad():

@@ -122,7 +122,7 @@ class PatchStore:
             sums = self._checksums(txn, slide)
             for index in indices:
                 value = txn.get(layout.patch_key(slide, int(index)))
-                if value is None:
+                if value is None or index >= self.counts[slide]:
                     raise UserError(
                         f"{file}: patch {index} of slide {slide!r} is missing; the store lists "
                         f"{self.counts[slide]} patches. `python -m datasets.store verify` names all that are."
