@@ -141,7 +141,8 @@ class _NormaliseByKernels(torch.autograd.Function):
         if x.numel() > 0:
             moments = torch.batch_norm_stats(x, eps)
         else:
-            moments = torch.zeros(channels, device=x.device), torch.ones(channels, device=x.device)
+            nothing = x.new_zeros(channels, dtype=torch.promote_types(x.dtype, torch.float32))
+            moments = nothing, nothing + 1
         rows = torch.full((1,), x.numel() // channels or NO_ROWS, dtype=moments[0].dtype, device=x.device)
         own = torch.cat([*moments, rows])
         every = own.new_empty(dist.get_world_size(), len(own))
