@@ -41,8 +41,8 @@ def check(argv: Sequence[str]) -> None:
 
 def bench(argv: Sequence[str]) -> None:
     """Measures what limits the same run, disk, decoding or the device, and says what to change."""
-    from engine.bench import bench as measure
-    from engine.bench import split_arguments
+    from engine.bench.run import bench as measure
+    from engine.bench.run import split_arguments
 
     seconds, options = split_arguments(argv)
     config, _ = parse(options)

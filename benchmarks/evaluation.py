@@ -28,9 +28,9 @@ import torch
 
 from benchmarks.training import DISTINCT, make_learner, tissue_like
 from datasets.bags import Bags
-from datasets.coded import GpuDecoder
 from datasets.eval_parts import CODED_READ, READ, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
+from datasets.gpu_jpeg.coded import GpuDecoder
 from datasets.instances import PixelSource, Source
 from datasets.jpeg import encode
 from datasets.labels import Sample

@@ -36,7 +36,7 @@ Small, so that all processes work on the same slide; not tiny, so that handing a
 
 
 CODED_READ = 1024
-"""Patches of a part that the GPU decodes: as many stacks (datasets.stacks) as it decodes at once, and more."""
+"""Patches of a part that the GPU decodes: as many stacks (datasets.gpu_jpeg.stacks) as it decodes at once, and more."""
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from datasets.ahead import in_threads
 from datasets.bags import Bags
-from datasets.coded import decoded
 from datasets.eval_parts import EvalParts
+from datasets.gpu_jpeg.coded import decoded
 from datasets.loaders import LoaderOptions, copied, lead, quiet_worker, read_by_threads
 from datasets.ring import BatchRing, ring_for
 

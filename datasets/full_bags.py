@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.bags import Bags, TrainBags
-from datasets.coded import decoded
+from datasets.gpu_jpeg.coded import decoded
 from datasets.instances import Segment, bag_size
 from datasets.loaders import LoaderOptions, TrainStream, emptied, quiet_worker
 from datasets.ring import BatchRing

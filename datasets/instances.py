@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from datasets.gpu_jpeg.stacks import pack
 from datasets.jpeg import JpegError, decode, image_size
 from datasets.ring import Form
-from datasets.stacks import pack
 from datasets.store import PatchStore
 from utils.errors import UserError
 
@@ -101,7 +101,7 @@ def broken_patch(store: PatchStore, slide: str, pick: int, reason: object) -> Us
 
 @dataclass(frozen=True)
 class CodedSource(PixelSource):
-    """Patches of a store as they are stored, for a GPU that decodes them (datasets.coded)."""
+    """Patches of a store as they are stored, for a GPU that decodes them (datasets.gpu_jpeg.coded)."""
 
     def room(self, count: int) -> None:
         """Nothing is decoded here."""
@@ -202,7 +202,7 @@ Segment = tuple[Source, Sequence[str], np.ndarray]
 
 
 def load_segments(segments: Sequence[Segment], room: Tensor | None = None) -> Tensor:
-    """The instances of ``segments`` one behind another, in ``room`` where it is given; JPEGs packed (datasets.stacks).
+    """The instances of ``segments`` one behind another, in ``room`` where it is given; JPEGs are packed.
 
     The sources of all segments are of one kind.
     """

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from datasets.ahead import in_threads
 from datasets.bags import Bags, TrainBags
-from datasets.coded import decoded
+from datasets.gpu_jpeg.coded import decoded
 from datasets.instances import FeatureSource, Source, bag_size, common_form
 from datasets.ring import BatchRing, ring_for, size_of_form
 from utils.errors import UserError
@@ -29,7 +29,7 @@ class LoaderOptions:
         workers: reading processes, or reading threads (``read_by_threads``); 0 reads in the training process.
         prefetch: batches that each worker keeps ready.
         pin: page-locked memory for copies to a GPU.
-        decoder: turns coded patches into pixels; for sources that hand on JPEGs (datasets.coded).
+        decoder: turns coded patches into pixels; for sources that hand on JPEGs (datasets.gpu_jpeg.coded).
     """
 
     workers: int = 0

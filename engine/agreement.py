@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from datasets.label_report import fingerprint
-from datasets.label_types import Fold
+from datasets.labels.report import fingerprint
+from datasets.labels.types import Fold
 from datasets.loaders import TrainStream
 from engine.setup import Setup
 from utils.config import Config

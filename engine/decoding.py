@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from datasets.coded import GpuDecoder
+from datasets.gpu_jpeg.coded import GpuDecoder
+from datasets.gpu_jpeg.nvjpeg import NvJpegError
+from datasets.gpu_jpeg.stacks import pack
 from datasets.instances import CodedSource, PixelSource, Source
-from datasets.nvjpeg import NvJpegError
-from datasets.stacks import pack
 from utils.config import DataConfig
 from utils.cores import usable_cores
 from utils.dist import Processes

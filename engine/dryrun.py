@@ -17,7 +17,7 @@ from datasets.bags import Bags, TrainBags
 from datasets.eval_parts import EvalParts
 from datasets.eval_reading import on_device
 from datasets.full_bags import rehearsal, size_of
-from datasets.label_types import Fold, Sample
+from datasets.labels.types import Fold, Sample
 from datasets.sampling import bag_limit
 from engine import memory, task_builder
 from engine.evaluate import predict

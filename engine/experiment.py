@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from datasets.label_report import describe as describe_cohort
-from datasets.label_report import split_card, write_split
+from datasets.labels.report import describe as describe_cohort
+from datasets.labels.report import split_card, write_split
 from engine import task_builder
 from engine.agreement import check_processes, check_same_input
 from engine.bootstrap import bootstrap, summarise

@@ -12,7 +12,7 @@ import torch
 
 from datasets.bags import Bags, TrainBags
 from datasets.full_bags import full_bag_batches
-from datasets.label_types import Fold
+from datasets.labels.types import Fold
 from datasets.loaders import TrainStream, train_batches
 from datasets.sampling import bag_limit
 from engine import memory, task_builder

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets.label_types import Fold
+from datasets.labels.types import Fold
 from engine import checkpoint
 from engine.learner import Learner
 from engine.setup import Setup

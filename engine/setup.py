@@ -11,8 +11,8 @@ from torch import nn
 
 from datasets.bags import SamplingPlan
 from datasets.full_bags import ChunkPlan
-from datasets.label_options import LabelOptions
 from datasets.labels import Cohort, load_cohort
+from datasets.labels.options import LabelOptions
 from datasets.sampling import Regions, bag_limit
 from datasets.views import Renderer, ViewPlan
 from engine.precision import Precision

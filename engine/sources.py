@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datasets.instances import FeatureSource, PixelSource, Source
-from datasets.label_types import Cohort
+from datasets.labels.types import Cohort
 from datasets.positions import CoordinateFolder, Coordinates, Grid
 from datasets.store import PatchStore
 from utils.config import DataConfig

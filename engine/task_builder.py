@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
-from datasets.label_types import Cohort, Fold, Sample
+from datasets.labels.types import Cohort, Fold, Sample
 from engine.multilabel import MULTILABEL_SELECTION, MultilabelTask
 from engine.regression import REGRESSION_SELECTION, RegressionTask
 from engine.tasks import ClassificationTask, CoxTask, SurvivalTask, Task, known_metric, selection_metric

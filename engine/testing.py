@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from datasets.label_types import Fold
+from datasets.labels.types import Fold
 from engine.bootstrap import bootstrap
 from engine.checkpoint import load, load_weights
 from engine.evaluate import Predictions

@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 
 from datasets.bags import Bags
-from datasets.coded import GpuDecoder
 from datasets.eval_parts import CODED_READ, WHOLE, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
-from datasets.label_types import Fold, Sample
+from datasets.gpu_jpeg.coded import GpuDecoder
+from datasets.labels.types import Fold, Sample
 from datasets.loaders import LoaderOptions, shard
 from engine import memory
 from engine.decoding import coded, gpu_decoder

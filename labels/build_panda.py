@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from datasets.label_match import stem  # noqa: E402
+from datasets.labels.match import stem  # noqa: E402
 from labels.tables import Dropped, divide, numbers, read_records, require, run, write_rows  # noqa: E402
 from utils.errors import Faults, UserError  # noqa: E402
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from datasets.survival_bins import bin_of, cut_edges  # noqa: E402
+from datasets.labels.survival_bins import bin_of, cut_edges  # noqa: E402
 from labels.clinical import Patient, read_patients  # noqa: E402
 from labels.tables import Dropped, diagnostic, divide, read_slides, run, write_rows  # noqa: E402
 from utils.errors import UserError  # noqa: E402

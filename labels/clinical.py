@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.label_table import patient_of
+from datasets.labels.table import patient_of
 from labels.tables import Record, find, known, read_records, require
 from utils.errors import UserError
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from datasets.label_match import EXTENSIONS, stem
-from datasets.label_report import csv_text
-from datasets.label_table import patient_of
-from datasets.splits import partition
+from datasets.labels.match import EXTENSIONS, stem
+from datasets.labels.report import csv_text
+from datasets.labels.splits import partition
+from datasets.labels.table import patient_of
 from utils.errors import UserError
 from utils.files import write_text
 

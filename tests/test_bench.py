@@ -24,10 +24,10 @@ from datasets.instances import FeatureSource, PixelSource
 from datasets.jpeg import encode
 from datasets.labels import Sample
 from datasets.store import PatchStore
-from engine import bench_verdict as v
-from engine.bench import split_arguments
-from engine.bench_figures import Figures, Setting, table
-from engine.bench_supply import (
+from engine.bench import verdict as v
+from engine.bench.figures import Figures, Setting, table
+from engine.bench.run import split_arguments
+from engine.bench.supply import (
     PIECE,
     Amount,
     Decoding,
@@ -40,7 +40,7 @@ from engine.bench_supply import (
     flow,
     sample_jpegs,
 )
-from engine.bench_verdict import limit_of, verdict
+from engine.bench.verdict import limit_of, verdict
 from utils.cores import usable_cores
 from utils.errors import UserError
 
@@ -294,7 +294,7 @@ def test_flow_does_not_count_what_was_ready(monkeypatch: pytest.MonkeyPatch) -> 
             clock[0] += 0.0 if number < 6 else 0.5
             yield Amount(10, 1_000_000, 1)
 
-    monkeypatch.setattr("engine.bench_supply.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr("engine.bench.supply.time", SimpleNamespace(perf_counter=lambda: clock[0]))
     rate = flow(pieces(), ready=6, together=2, seconds=2.0)
     assert (rate.per_s, rate.mb_s, rate.from_disk) == (20, 2, 0.1)
 

@@ -20,16 +20,16 @@ from tiny import SIDE_PX, make_tiny_cohort
 from torch import Tensor
 
 from datasets.bags import Bags, SamplingPlan, TrainBags
-from datasets.coded import GpuDecoder, decode_rows, decoded, is_coded
 from datasets.eval_parts import EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
 from datasets.full_bags import ChunkPlan, full_bag_batches
+from datasets.gpu_jpeg.coded import GpuDecoder, decode_rows, decoded, is_coded
+from datasets.gpu_jpeg.nvjpeg import Images, NvJpeg, NvJpegError
+from datasets.gpu_jpeg.stacks import heads, pack
 from datasets.instances import CodedSource, PixelSource, Source
 from datasets.jpeg import decode, encode
 from datasets.labels import Sample
 from datasets.loaders import LoaderOptions, TrainStream, train_batches
-from datasets.nvjpeg import Images, NvJpeg, NvJpegError
-from datasets.stacks import heads, pack
 from datasets.store import PatchStore, StoreHeader, StoreWriter
 from datasets.views import ViewPlan
 from engine.decoding import cores_of, gpu_decoder
@@ -241,7 +241,9 @@ class PlainNvJpeg:
 @pytest.fixture
 def plain_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """GpuDecoder without a GPU."""
-    monkeypatch.setattr("datasets.coded.NvJpeg", type("Fake", (PlainNvJpeg, NvJpeg), {"__del__": lambda self: None}))
+    monkeypatch.setattr(
+        "datasets.gpu_jpeg.coded.NvJpeg", type("Fake", (PlainNvJpeg, NvJpeg), {"__del__": lambda self: None})
+    )
     stream = SimpleNamespace(synchronize=lambda: None)
     for name in ("device", "stream"):
         monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())

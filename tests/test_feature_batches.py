@@ -22,7 +22,7 @@ from datasets.eval_parts import WHOLE, EvalParts
 from datasets.eval_reading import EvalReader
 from datasets.features import FeatureFolder
 from datasets.instances import FeatureSource
-from datasets.label_types import Sample
+from datasets.labels.types import Sample
 from datasets.loaders import LoaderOptions, TrainStream, read_by_threads, train_batches
 from datasets.positions import Grid
 from utils.errors import UserError

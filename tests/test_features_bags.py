@@ -14,7 +14,7 @@ from datasets.bags import Bags, SamplingPlan, TrainBags
 from datasets.eval_parts import EvalParts, PartPlan
 from datasets.features import FeatureFolder
 from datasets.instances import FeatureSource
-from datasets.label_types import Sample
+from datasets.labels.types import Sample
 from datasets.positions import CoordinateFolder, Grid, grid_step_px
 from modules.model import SlideModel
 from utils.errors import Faults, UserError

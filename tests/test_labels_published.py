@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from datasets.label_types import Sample
 from datasets.labels import LabelOptions, fingerprint, load_cohort
+from datasets.labels.types import Sample
 
 
 def column(path: Path, name: str) -> list[str]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from interpreted import mend_interpreter, run_interpreted
 
-from datasets.planes import WEIGHTS, _pixels
+from datasets.gpu_jpeg.planes import WEIGHTS, _pixels
 
 
 def compare_all(device: str, sizes: tuple[int, ...]) -> None:
-    from datasets.planes_triton import interleave
+    from datasets.gpu_jpeg.planes_triton import interleave
 
     for side_px in sizes:
         shapes = ((3, side_px, side_px), *[(3, side_px // 2, side_px // 2)] * 2)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from datasets.labels import Cohort, LabelOptions, load_cohort
-from datasets.splits import partition
-from datasets.survival_bins import bin_names, bin_of, cut_edges
+from datasets.labels.splits import partition
+from datasets.labels.survival_bins import bin_names, bin_of, cut_edges
 from utils.errors import UserError
 
 

@@ -10,9 +10,9 @@ import torch
 from jpeg_planes import planes_of
 from PIL import Image
 
+from datasets.gpu_jpeg.planes import interleaved
+from datasets.gpu_jpeg.stacks import HEAD, StackForm, heads, jpegs_of, pack, unstacked
 from datasets.jpeg import decode, encode
-from datasets.planes import interleaved
-from datasets.stacks import HEAD, StackForm, heads, jpegs_of, pack, unstacked
 
 
 def picture(side_px: int, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import spearmanr
 from sklearn import metrics as sk
 
-from datasets.label_types import Cohort, Fold, Sample
+from datasets.labels.types import Cohort, Fold, Sample
 from datasets.loaders import TrainStream
 from engine import losses, task_builder
 from engine.bootstrap import bootstrap, resample_weights

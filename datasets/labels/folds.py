@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from datasets.label_bags import Labelled, make_bags
-from datasets.label_classes import Classes
-from datasets.label_match import Matches
-from datasets.label_options import LabelOptions
-from datasets.label_table import Row, Table, rows_text
-from datasets.label_types import Fold, Sample
-from datasets.label_values import UNKNOWN, multilabel_targets, value_targets
-from datasets.splits import SplitRows
-from datasets.survival_bins import bin_of, cut_edges
+from datasets.labels.bags import Labelled, make_bags
+from datasets.labels.classes import Classes
+from datasets.labels.match import Matches
+from datasets.labels.options import LabelOptions
+from datasets.labels.splits import SplitRows
+from datasets.labels.survival_bins import bin_of, cut_edges
+from datasets.labels.table import Row, Table, rows_text
+from datasets.labels.types import Fold, Sample
+from datasets.labels.values import UNKNOWN, multilabel_targets, value_targets
 from utils.errors import Faults, UserError
 
 Targets = dict[int, dict[str, float]]

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.label_columns import LABEL_ROLE, SPLIT_WORDS, find_columns, find_multilabel_columns
+from datasets.labels.columns import LABEL_ROLE, SPLIT_WORDS, find_columns, find_multilabel_columns
 from utils.errors import Faults
 
 _TCGA_CASE = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|C3[LN]-\d{5})(?=$|[-.])")

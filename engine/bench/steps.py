@@ -14,9 +14,9 @@ import torch
 from datasets.bags import Bags, TrainBags
 from datasets.eval_parts import PartPlan
 from datasets.full_bags import FullBags, rehearsal
-from datasets.label_types import Fold
+from datasets.labels.types import Fold
 from engine import memory
-from engine.bench_supply import Amount, flow
+from engine.bench.supply import Amount, flow
 from engine.evaluate import predict
 from engine.learner import Learner
 from engine.progress import HostCopy, Meter

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from datasets.label_table import Row, patient_of
+from datasets.labels.table import Row, patient_of
 from utils.errors import Faults
 
 EXTENSIONS = (

@@ -1,9 +1,8 @@
 """From label csv files and the slides of a store to the samples of every fold.
 
-The way: read rows (``label_table``), find the classes (``label_classes``), divide the rows (``splits``), find
-their slides (``label_match``), cut survival bins (``survival_bins``), make bags (``label_folds``,
-``label_bags``). Rows are divided and bins are cut before slides are looked up, so folds depend on the csv
-alone and not on which slides a store happens to hold.
+The way: read rows (``table``), find the classes (``classes``), divide the rows (``splits``), find their slides
+(``match``), cut survival bins (``survival_bins``), make bags (``folds``, ``bags``). Rows are divided and bins are cut
+before slides are looked up, so folds depend on the csv alone and not on which slides a store happens to hold.
 """
 
 from __future__ import annotations
@@ -11,28 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from datasets.label_classes import Classes, find_classes
-from datasets.label_folds import Draft, FoldBuilder
-from datasets.label_match import Matcher, Matches
-from datasets.label_options import LabelOptions
-from datasets.label_report import describe, fingerprint, write_split
-from datasets.label_table import Table, read_table
-from datasets.label_types import Cohort, Fold, Sample, TaskName
-from datasets.label_values import check_values, with_label_strata, with_value_strata
-from datasets.splits import check_split, kfold, own_split
-from datasets.survival_bins import bin_names
+from datasets.labels.classes import Classes, find_classes
+from datasets.labels.folds import Draft, FoldBuilder
+from datasets.labels.match import Matcher, Matches
+from datasets.labels.options import LabelOptions
+from datasets.labels.splits import check_split, kfold, own_split
+from datasets.labels.survival_bins import bin_names
+from datasets.labels.table import Table, read_table
+from datasets.labels.types import Cohort, Fold, TaskName
+from datasets.labels.values import check_values, with_label_strata, with_value_strata
 from utils.errors import Faults
-
-__all__ = [
-    "Cohort",
-    "Fold",
-    "LabelOptions",
-    "Sample",
-    "describe",
-    "fingerprint",
-    "load_cohort",
-    "write_split",
-]
 
 MOST_NAMES = 5
 """Missing names shown in full with their nearest match."""

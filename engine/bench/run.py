@@ -1,7 +1,7 @@
 """``main.py bench``: measures on the user's own data whether disk, decoding or the device limits training.
 
 The same data, model and step as training, one stage behind another in one run: reading alone, decoding alone, the step
-on batches that are on the device already, batches that nobody uses, and everything together. ``bench_verdict`` turns
+on batches that are on the device already, batches that nobody uses, and everything together. ``verdict`` turns
 the figures into advice.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from datasets.label_types import Fold
-from datasets.stacks import pack
+from datasets.gpu_jpeg.stacks import pack
+from datasets.labels.types import Fold
 from engine import task_builder
 from engine.agreement import check_processes, check_same_input
-from engine.bench_figures import Figures, Setting, table
-from engine.bench_steps import TrainingStages, begin_stage, evaluation_rate
-from engine.bench_supply import (
+from engine.bench.figures import Figures, Setting, table
+from engine.bench.steps import TrainingStages, begin_stage, evaluation_rate
+from engine.bench.supply import (
     Decoding,
     Rate,
     Reading,
@@ -34,7 +34,7 @@ from engine.bench_supply import (
     first_and_again,
     sample_jpegs,
 )
-from engine.bench_verdict import limit_of, verdict
+from engine.bench.verdict import limit_of, verdict
 from engine.decoding import gpu_decoder
 from engine.experiment import set_precision
 from engine.fold import build_learner, training_batches, training_stream
@@ -63,7 +63,7 @@ GPU_TIMES = 5
 """Batches decoded: 0.2 s where a GPU decodes 25,000 patches a second."""
 
 BETWEEN = 3
-"""Batches that may be ready in the thread that lets the GPU decode (datasets.coded), besides those of the readers."""
+"""Batches that may be ready in the thread that lets the GPU decode, besides those of the readers."""
 
 ENDLESS = 1_000_000
 """Epochs in the stream of batches; the measuring stops it."""

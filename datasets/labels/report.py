@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from utils.files import write_text
 
 if TYPE_CHECKING:
-    from datasets.label_types import Cohort, Fold, Sample
+    from datasets.labels.types import Cohort, Fold, Sample
 
 
 def split_card(cohort: Cohort, fold: Fold, counts: Mapping[str, int] | None = None) -> str:

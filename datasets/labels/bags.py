@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from datasets.label_table import Row, rows_text
-from datasets.label_types import Sample
+from datasets.labels.table import Row, rows_text
+from datasets.labels.types import Sample
 from utils.errors import Faults
 
 

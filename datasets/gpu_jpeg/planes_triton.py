@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""``datasets.planes`` as one Triton kernel. Imported there only where Triton can run."""
+"""``datasets.gpu_jpeg.planes`` as one Triton kernel. Imported there only where Triton can run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _interleave(
 
 
 def interleave(planes: tuple[Tensor, Tensor, Tensor], result: Tensor, bgr: bool, weights: tuple[int, ...]) -> Tensor:
-    """As ``datasets.planes.interleaved``; planes and result contiguous; weights of Cr, Cb, Cr and Cb."""
+    """As ``datasets.gpu_jpeg.planes.interleaved``; planes and result contiguous; weights of Cr, Cb, Cr and Cb."""
     count, side = planes[0].shape[:2]
     with torch.cuda.device_of(result):
         _interleave[(count, triton.cdiv(side * side, BLOCK))](*planes, result, side, *weights, BGR=bgr, PIXELS=BLOCK)

@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasets.label_options import LabelOptions
-from datasets.label_table import Row, Table, rows_text
+from datasets.labels.options import LabelOptions
+from datasets.labels.table import Row, Table, rows_text
 from utils.errors import Faults
 
 MOST_PATIENTS = 10

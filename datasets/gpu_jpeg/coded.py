@@ -1,7 +1,7 @@
-"""Patches that stay JPEGs until they are on the GPU: for machines with few CPU cores for each GPU.
+"""Patches that stay JPEGs until they are on the GPU, whose engines decode as much as dozens of CPU cores.
 
-A reading process hands on rows of bytes (``datasets.stacks``), and a thread of the training process lets the GPU decode
-them while the device trains on the batch before. Chosen by ``--jpeg_decoder``.
+A reading process hands on rows of bytes (``stacks``), and a thread of the training process lets the GPU decode them
+while the device trains on the batch before. Chosen by ``--jpeg_decoder``.
 
 Shapes: R rows, W bytes of the longest row, P patches of all rows, S stored size in px.
 """
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from datasets.ahead import in_thread
 from datasets.bags import Bags
+from datasets.gpu_jpeg.nvjpeg import Images, NvJpeg, NvJpegError
+from datasets.gpu_jpeg.planes import interleaved
+from datasets.gpu_jpeg.stacks import HEAD, TALLEST_PX, heads, jpegs_of, pack
 from datasets.jpeg import JpegError, decode, encode
-from datasets.nvjpeg import Images, NvJpeg, NvJpegError
-from datasets.planes import interleaved
-from datasets.stacks import HEAD, TALLEST_PX, heads, jpegs_of, pack
 
 log = logging.getLogger(__name__)
 

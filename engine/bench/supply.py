@@ -16,7 +16,7 @@ from datasets.ahead import in_threads
 from datasets.bags import SamplingPlan
 from datasets.instances import FeatureSource, PixelSource, Source
 from datasets.jpeg import decode
-from datasets.label_types import Sample
+from datasets.labels.types import Sample
 from datasets.loaders import quiet_worker, read_by_threads
 
 PIECE = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.bench_supply import Rate, Supply
+from engine.bench.supply import Rate, Supply
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from engine.bench_figures import Figures, Setting, number
+from engine.bench.figures import Figures, Setting, number
 
 WAIT = 0.05
 """A device that waits less than this share of the time for data would gain less than this by faster data."""

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from datasets.label_table import Table, rows_text
+from datasets.labels.table import Table, rows_text
 from utils.errors import Faults
 
 UNKNOWN = -1

@@ -6,8 +6,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datasets.label_options import CLASS_NAMES, LabelOptions
-from datasets.label_table import Row, Table, rows_text
+from datasets.labels.options import CLASS_NAMES, LabelOptions
+from datasets.labels.table import Row, Table, rows_text
 from utils.errors import Faults, did_you_mean
 
 _INTEGER = re.compile(r"[+-]?\d+(\.0+)?")

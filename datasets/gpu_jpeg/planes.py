@@ -4,7 +4,7 @@ Chroma has half of the resolution and is interpolated by a triangle filter, 3/4 
 further one, first along columns and then along rows, in integers; samples behind an edge repeat the edge. Then R =
 Y + 1.402 Cr, G = Y - 0.34414 Cb - 0.71414 Cr, B = Y + 1.772 Cb (JFIF 1.02), in 16-bit fixed point.
 
-On a GPU with Triton one kernel (``datasets.planes_triton``) does it.
+On a GPU with Triton one kernel (``datasets.gpu_jpeg.planes_triton``) does it.
 
 Shapes: P patches, S stored size in px, a multiple of two.
 """
@@ -73,7 +73,7 @@ def _upsampled(chroma: Tensor) -> Tensor:
 def _fused_kernel() -> Kernel | None:
     """All of it as one kernel; None where Triton is not installed."""
     try:
-        from datasets.planes_triton import interleave
+        from datasets.gpu_jpeg.planes_triton import interleave
     except ImportError:
         return None
     return interleave

@@ -5,7 +5,7 @@ baseline JPEGs that agree in size, quantisation, Huffman tables and sampling can
 restart marker behind each patch (ITU-T T.81, B.1.3 and E.1.4) they are one JPEG, as tall as all of them, in which the
 DC prediction begins anew at every patch. Each patch has the pixels that it had alone, but for the chroma at its upper
 and lower edge, which a decoder would interpolate across; so planes are taken from a stack, and never RGB
-(``datasets.planes``).
+(``datasets.gpu_jpeg.planes``).
 
 A batch travels as rows of bytes, (R, W) uint8: R images, stacks or single JPEGs, each behind a ``HEAD``.
 
