@@ -30,7 +30,7 @@ import main as program
 from engine.experiment import set_precision
 from engine.fold import build_learner, training_batches, training_stream
 from engine.setup import prepare
-from engine.task_builder import build
+from engine.tasks.task_builder import build
 from engine.timing import seconds_per_call, wait_for
 from utils.config import Config, DataConfig, ModelConfig
 from utils.dist import Processes

@@ -19,12 +19,13 @@ from datasets.eval_reading import on_device
 from datasets.full_bags import rehearsal, size_of
 from datasets.labels.types import Fold, Sample
 from datasets.sampling import bag_limit
-from engine import memory, task_builder
+from engine import memory
 from engine.evaluate import predict
 from engine.fold import EVALUATED, build_learner
 from engine.learner import Learner
 from engine.records import run_folder
 from engine.setup import Setup
+from engine.tasks import task_builder
 from engine.timing import seconds_per_call
 from engine.validation import part_plan
 from modules.model import bare_state_dict

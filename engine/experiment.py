@@ -14,15 +14,14 @@ import torch
 
 from datasets.labels.report import describe as describe_cohort
 from datasets.labels.report import split_card, write_split
-from engine import task_builder
 from engine.agreement import check_processes, check_same_input
-from engine.bootstrap import bootstrap, summarise
 from engine.dryrun import dry_run
 from engine.fold import FoldRun
+from engine.metrics.bootstrap import bootstrap, summarise
 from engine.records import Records, environment, run_folder
 from engine.setup import Setup, build_model, prepare
 from engine.staging import report_plan, staged
-from engine.tasks import Task
+from engine.tasks import Task, task_builder
 from engine.testing import FoldResult
 from engine.trackers import fold_values, open_trackers, summary_values
 from utils.config import Config

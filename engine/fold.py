@@ -15,20 +15,20 @@ from datasets.full_bags import full_bag_batches
 from datasets.labels.types import Fold
 from datasets.loaders import TrainStream, train_batches
 from datasets.sampling import bag_limit
-from engine import memory, task_builder
+from engine import memory
 from engine.attention_sampling import check_attention_sampling
 from engine.decoding import coded, gpu_decoder
 from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
 from engine.full_bag import FullBagLearner
 from engine.learner import Learner
-from engine.metrics import Metrics
+from engine.metrics.classification import Metrics
 from engine.profiling import StepTrace
 from engine.progress import Bar, EpochMeters, speed
 from engine.records import Records
 from engine.selection import Best, EarlyStopping, Progress
 from engine.setup import Setup, build_model, describe
-from engine.tasks import Task
+from engine.tasks import Task, task_builder
 from engine.testing import FoldResult, Tester
 from engine.validation import Evaluator, loader_options
 from modules.model import average_buffers, load_buffers

@@ -17,7 +17,7 @@ from datasets.sampling import Regions, bag_limit
 from datasets.views import Renderer, ViewPlan
 from engine.precision import Precision
 from engine.sources import Sources, check_features, check_paths, check_positions, keep_in_memory, open_sources
-from engine.task_builder import check_task_options
+from engine.tasks.task_builder import check_task_options
 from engine.training_options import check_training_options
 from modules.encoders import build_encoder, load_encoder_weights
 from modules.heads import build_mil

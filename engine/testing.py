@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from datasets.labels.types import Fold
-from engine.bootstrap import bootstrap
 from engine.checkpoint import load, load_weights
 from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
+from engine.metrics.bootstrap import bootstrap
 from engine.records import Records
 from engine.validation import Evaluator
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from engine.metrics import PUBLISHED_NAMES
+from engine.metrics.classification import PUBLISHED_NAMES
 from engine.selection import Best
 from utils.config import Config
 from utils.errors import UserError

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine import bootstrap as module
-from engine.bootstrap import (
+from engine.metrics import bootstrap as module
+from engine.metrics.bootstrap import (
     ClassificationStatistics,
     SurvivalStatistics,
     bootstrap,
     resample_weights,
     summarise,
 )
-from engine.metrics import Metrics, classification_metrics
+from engine.metrics.classification import Metrics, classification_metrics
 from utils.files import write_json
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -50,7 +50,7 @@ def test_survival_is_the_plain_metric_of_each_resample(
     size: int, last: int, trained: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("sksurv")
-    from engine import survival_metrics as survival
+    from engine.metrics import survival
 
     monkeypatch.setattr(survival, "BLOCK_CELLS", 100)  # several blocks of pairs
     rng = np.random.default_rng(size)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine.losses import cox_loss, cross_entropy, survival_nll, survival_risk
+from engine.tasks.losses import cox_loss, cross_entropy, survival_nll, survival_risk
 
 LOG2 = math.log(2)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from engine.metrics import (
+from engine.metrics.classification import (
     CLASSIFICATION_METRICS,
     PUBLISHED_NAMES,
     class_report,

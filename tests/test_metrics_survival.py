@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.losses import survival_risk
+from engine.tasks.losses import survival_risk
 from utils.errors import UserError
 
 pytest.importorskip("sksurv")
@@ -17,7 +17,7 @@ from sksurv.compare import compare_survival
 from sksurv.metrics import concordance_index_ipcw, cumulative_dynamic_auc
 from sksurv.util import Surv
 
-from engine.survival_metrics import SURVIVAL_METRICS, SurvivalStatistics, survival_metrics
+from engine.metrics.survival import SURVIVAL_METRICS, SurvivalStatistics, survival_metrics
 
 pytestmark = [
     pytest.mark.filterwarnings("error"),

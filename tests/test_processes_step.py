@@ -20,9 +20,9 @@ import modules.heads  # noqa: F401  (fills the registry)
 from datasets.bags import Bags
 from datasets.loaders import TrainStream, shard
 from engine.learner import Learner
-from engine.multilabel import MultilabelTask
-from engine.regression import RegressionTask
 from engine.tasks import ClassificationTask, CoxTask, SurvivalTask, Task
+from engine.tasks.multilabel import MultilabelTask
+from engine.tasks.regression import RegressionTask
 from modules.heads import build_mil
 from modules.model import SlideModel
 from modules.registry import mils

@@ -14,12 +14,11 @@ from sklearn import metrics as sk
 
 from datasets.labels.types import Cohort, Fold, Sample
 from datasets.loaders import TrainStream
-from engine import losses, task_builder
-from engine.bootstrap import bootstrap, resample_weights
-from engine.metrics import class_report, classification_metrics
-from engine.multilabel import MultilabelStatistics, MultilabelTask
-from engine.regression import RegressionStatistics, RegressionTask
-from engine.tasks import ClassificationTask, CoxTask, SurvivalTask
+from engine.metrics.bootstrap import bootstrap, resample_weights
+from engine.metrics.classification import class_report, classification_metrics
+from engine.tasks import ClassificationTask, CoxTask, SurvivalTask, losses, task_builder
+from engine.tasks.multilabel import MultilabelStatistics, MultilabelTask
+from engine.tasks.regression import RegressionStatistics, RegressionTask
 from utils.config import Config
 from utils.errors import UserError
 

@@ -19,7 +19,6 @@ import torch
 
 from datasets.gpu_jpeg.stacks import pack
 from datasets.labels.types import Fold
-from engine import task_builder
 from engine.agreement import check_processes, check_same_input
 from engine.bench.figures import Figures, Setting, table
 from engine.bench.steps import TrainingStages, begin_stage, evaluation_rate
@@ -41,6 +40,7 @@ from engine.fold import build_learner, training_batches, training_stream
 from engine.records import Records, environment, run_folder
 from engine.setup import Setup, prepare
 from engine.staging import staged
+from engine.tasks import task_builder
 from engine.timing import seconds_per_call
 from engine.validation import loader_options
 from utils.config import Config

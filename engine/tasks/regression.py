@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from engine.bootstrap import Statistics
-from engine.losses import squared_error
-from engine.metrics import Metrics
+from engine.metrics.bootstrap import Statistics
+from engine.metrics.classification import Metrics
+from engine.metrics.weighted import Floats, ratio
 from engine.tasks import FoldFree, Target, Task
-from engine.weighted import Floats, ratio
+from engine.tasks.losses import squared_error
 from utils.errors import UserError
 
 REGRESSION_METRICS = ("mae", "rmse", "r2", "pearson", "spearman")

@@ -14,9 +14,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.metrics import ClassificationStatistics, Metrics
-from engine.survival_metrics import SurvivalStatistics
-from engine.weighted import Floats
+from engine.metrics.classification import ClassificationStatistics, Metrics
+from engine.metrics.survival import SurvivalStatistics
+from engine.metrics.weighted import Floats
 
 __all__ = [
     "Bootstrap",

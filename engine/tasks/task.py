@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.bootstrap import Statistics
-from engine.losses import cox_loss_of_all, cross_entropy, survival_nll, survival_risk
-from engine.metrics import PUBLISHED_NAMES, ClassificationStatistics, class_report, metric_names
+from engine.metrics.bootstrap import Statistics
+from engine.metrics.classification import PUBLISHED_NAMES, ClassificationStatistics, class_report, metric_names
+from engine.tasks.losses import cox_loss_of_all, cross_entropy, survival_nll, survival_risk
 from utils.errors import UserError, did_you_mean
 
 Target = Mapping[str, Tensor]
@@ -197,7 +197,7 @@ class SurvivalTask(FoldFree):
         return survival_risk(logits)
 
     def statistics(self, logits: Tensor, target: Target) -> Statistics:
-        from engine.survival_metrics import SurvivalStatistics
+        from engine.metrics.survival import SurvivalStatistics
 
         risk, time, event = self.scores(logits).numpy(), target["time"].numpy(), target["event"].numpy()
         return SurvivalStatistics(risk, time, event, self.train_time or None, self.train_event or None)

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engine.metrics import Metrics
-from engine.weighted import Bools, Floats, life_table, ratio, tie_groups, weighted_auc, weighted_median
+from engine.metrics.classification import Metrics
+from engine.metrics.weighted import Bools, Floats, life_table, ratio, tie_groups, weighted_auc, weighted_median
 from utils.errors import UserError
 
 SURVIVAL_METRICS = ("c_index", "c_index_ipcw", "auc_td", "logrank_p")

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from engine.bootstrap import Statistics
-from engine.losses import binary_cross_entropy
-from engine.metrics import Metrics
+from engine.metrics.bootstrap import Statistics
+from engine.metrics.classification import Metrics
+from engine.metrics.weighted import Floats, ratio, weighted_auc
 from engine.tasks import FoldFree, Target, Task
-from engine.weighted import Floats, ratio, weighted_auc
+from engine.tasks.losses import binary_cross_entropy
 from utils.errors import UserError
 
 MULTILABEL_SELECTION = ("auc", "f1_macro", "accuracy_macro")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from engine.weighted import Floats, confusion_metrics, ratio, weighted_auc
+from engine.metrics.weighted import Floats, confusion_metrics, ratio, weighted_auc
 from utils.errors import UserError
 
 Ints = NDArray[np.int64]

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from datasets.labels.types import Cohort, Fold, Sample
-from engine.multilabel import MULTILABEL_SELECTION, MultilabelTask
-from engine.regression import REGRESSION_SELECTION, RegressionTask
 from engine.tasks import ClassificationTask, CoxTask, SurvivalTask, Task, known_metric, selection_metric
+from engine.tasks.multilabel import MULTILABEL_SELECTION, MultilabelTask
+from engine.tasks.regression import REGRESSION_SELECTION, RegressionTask
 from utils.config import Config, EvalConfig
 from utils.errors import Faults, UserError
 

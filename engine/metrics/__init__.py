@@ -1,0 +1,1 @@
+"""Metrics, each plain and for all resamples of a bootstrap at once."""
