@@ -41,4 +41,12 @@ def _is_other_process(number: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    return not _is_zombie(number)
+
+
+def _is_zombie(number: int) -> bool:
+    """Whether a process has ended and its parent has not asked how; Linux says so."""
+    try:
+        return Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z"
+    except (OSError, IndexError):
+        return False

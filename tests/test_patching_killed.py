@@ -162,3 +162,14 @@ def test_leftovers_of_dead_processes_and_of_these_files_only(tmp_path):
     assert sorted(remove_leftovers(tmp_path, ["a.b.h5"])) == sorted(gone)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
     assert remove_leftovers(tmp_path / "nowhere", ["a.b.h5"]) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the system does not say that a process is a zombie")
+def test_a_process_that_has_ended_and_was_not_waited_for_keeps_nothing(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    while runs(process.pid):
+        time.sleep(0.01)
+    name = f".a.h5.{process.pid}.tmp"
+    (tmp_path / name).touch()
+    assert remove_leftovers(tmp_path, ["a.h5"]) == [name]
+    process.wait()
