@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.training import DISTINCT, make_learner, tissue_like
+from benchmarks.training import DISTINCT, make_learner, tissue_like, who_decodes
 from datasets.bags import Bags
 from datasets.eval_parts import CODED_READ, READ, EvalParts, PartPlan
 from datasets.eval_reading import EvalReader
@@ -175,7 +175,8 @@ def main() -> None:
         bench = Bench(args, learner, source, device, decoder)
         place = torch.cuda.get_device_name() if gpu else "CPU"
         print(
-            f"{args.encoder}, {args.patches} patches of {kilobytes:.1f} kB, {args.workers} reading processes, {place}"
+            f"{args.encoder}, {args.patches} patches of {kilobytes:.1f} kB, {args.workers} reading processes, {place}, "
+            f"{who_decodes(decoder)}"
         )
         wait_for(device)
         for line in measure(bench):

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.training import write_store
+from benchmarks.training import who_decodes, write_store
 from datasets.bags import SamplingPlan, TrainBags
 from datasets.full_bags import ChunkPlan, full_bag_batches, rehearsal
 from datasets.instances import PixelSource, Source
@@ -135,6 +135,7 @@ def whole_step(args: argparse.Namespace, folder: Path, patches: int) -> Callable
     source = source_of(args, folder, patches)
     data = DataConfig(jpeg_decoder=args.jpeg_decoder)
     decoder = gpu_decoder(data, source, learner.processes, args.workers)
+    print(who_decodes(decoder))
     bags = bags_of(args, source if decoder is None else coded([source])[0])
     options = LoaderOptions(args.workers, 2, pin=GPU, decoder=decoder)
     batches = full_bag_batches(bags, stream, options, ChunkPlan(args.chunk, args.keep))

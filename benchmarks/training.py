@@ -6,9 +6,10 @@ Builds two stores of 256 px JPEGs of about 15 kB (the PANDA recipe's sizes), the
 
 * bare: the training step on patches that are on the device already, rendered and normalised;
 * step: the same with rendering (crops, flips) from uint8 on the device, and EMA;
-* loader: batches from the store to host memory, nobody using them;
-* loop: everything together, epoch boundaries included; for each number of ``--cores`` once more with so many CPU cores,
-  the GPU decoding too (``--jpeg_decoder``).
+* loader: batches from the store, decoded, nobody using them;
+* loop: everything together, epoch boundaries included; for each number of ``--cores`` once more with so many CPU cores.
+
+``--jpeg_decoder`` says who decodes; what ``auto`` makes of it is printed.
 
 The ratio loop / bare is what the data path costs. Without a GPU it runs a tiny version that only shows that it works.
 """
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 
 from datasets.bags import Bags, SamplingPlan, TrainBags
+from datasets.gpu_jpeg.coded import GpuDecoder
 from datasets.instances import PixelSource, Source
 from datasets.jpeg import encode
 from datasets.labels import Sample
@@ -97,6 +99,8 @@ def batches_of(args: argparse.Namespace, folder: Path, processes: Processes) -> 
     decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), sources[-1], processes, args.workers)
     if decoder is not None:
         sources = coded(sources)
+    if processes.is_main:
+        print(who_decodes(decoder))
     samples = [Sample(f"s{i}", f"s{i}", (f"s{i}",), {"label": i % 6}) for i in range(args.slides)]
     views = ViewPlan("strong", 0.08, args.stored, args.crop)
     bags = TrainBags(samples, sources, SamplingPlan(args.patches, 4.0, pad=True), views, seed=0)
@@ -104,6 +108,10 @@ def batches_of(args: argparse.Namespace, folder: Path, processes: Processes) -> 
     stream = TrainStream(args.slides, args.bags, rank=rank, world=world, epochs=(0, 10_000))
     options = LoaderOptions(args.workers, 2, pin=processes.device.type == "cuda", decoder=decoder)
     return train_batches(bags, stream, options), stream
+
+
+def who_decodes(decoder: GpuDecoder | None) -> str:
+    return "the reading processes decode" if decoder is None else "the GPU decodes"
 
 
 def loop(learner: Learner, batches: Iterator[Bags], steps: int, device: torch.device) -> float:

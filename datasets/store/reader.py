@@ -134,7 +134,8 @@ class PatchStore:
                 if sums is not None and sums[index] != layout.checksum(images[-1]):
                     raise UserError(
                         f"{file}: patch {index} of slide {slide!r} is not what was written (its CRC-32 differs): the "
-                        "file was damaged since. Copy it again, or remove the slide and write it anew."
+                        "file was damaged since. Copy it again, or take the other slides into a new store (python -m "
+                        "datasets.store subset) and let CLAM/save_patches.py write this one there."
                     )
         return images
 
