@@ -10,6 +10,8 @@ mixed precision on a GPU. In one run it measures
 * the first slide, processes and buffers not there yet; one slide with them; many slides in steady state;
 * peak memory of the device and of the host for slides of different size.
 
+``--jpeg_decoder`` says who decodes; what ``auto`` makes of it is printed.
+
 Without a GPU it runs a tiny version that only shows that it works.
 """
 
@@ -160,7 +162,7 @@ def main() -> None:
     parser.add_argument("--call", type=int, default=512, help="p_batch_size")
     parser.add_argument("--stored", type=int, default=256 if gpu else 64)
     parser.add_argument("--crop", type=int, default=224 if gpu else 56)
-    parser.add_argument("--jpeg_decoder", choices=("cpu", "gpu"), default="cpu", help="who decodes")
+    parser.add_argument("--jpeg_decoder", choices=("auto", "cpu", "gpu"), default="auto")
     parser.add_argument("--encoder", default="r18")
     args = parser.parse_args()
     args.compile, args.sync_bn, args.plain_stem, args.chunk = False, False, False, args.call

@@ -76,7 +76,7 @@ class Case:
     def maps(self) -> tuple[Tensor, Tensor, Tensor, own.Norm]:
         """Gradient of y, places of the maxima, z, statistics."""
         weight, bias = self.weight.detach(), self.bias.detach()
-        _, mean, var, z, where = stem(self.x, self.w.detach(), weight, bias, 1e-5)
+        _, mean, var, _, z, where = stem(self.x, self.w.detach(), weight, bias, 1e-5, False)
         grad = torch.randn(where.shape, device="cuda", dtype=z.dtype).contiguous(memory_format=LAST)
         return grad, where, z, own.Norm(mean, var, weight, bias, 1e-5)
 
@@ -179,7 +179,7 @@ def blocks_stem(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def own_stem(x: Tensor, w: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return stem(x, w, weight, bias, 1e-5)[0]
+    return stem(x, w, weight, bias, 1e-5, False)[0]
 
 
 def forms(case: Case, compiled: bool) -> None:

@@ -6,7 +6,7 @@ Builds two stores of 256 px JPEGs of about 15 kB (the PANDA recipe's sizes), the
 
 * bare: the training step on patches that are on the device already, rendered and normalised;
 * step: the same with rendering (crops, flips) from uint8 on the device, and EMA;
-* loader: batches from the store, decoded, nobody using them;
+* loader: batches from the store, nobody using them; where the GPU decodes they are still JPEGs;
 * loop: everything together, epoch boundaries included; for each number of ``--cores`` once more with so many CPU cores.
 
 ``--jpeg_decoder`` says who decodes; what ``auto`` makes of it is printed.
