@@ -105,6 +105,7 @@ class _Crew(Generic[S, T]):
         self._share = max(1, cores // len(self._threads))
         _alive.add(self)
         for thread in self._threads:
+            _running.add(thread)
             thread.start()
         for _ in self._threads:
             self._begun.get()
@@ -126,8 +127,7 @@ class _Crew(Generic[S, T]):
         """Waits at most ``patience`` seconds for the threads to end."""
         until = time.monotonic() + patience
         for thread in self._threads:
-            if thread.is_alive() and thread is not threading.current_thread():  # where garbage is collected
-                thread.join(max(until - time.monotonic(), 0.0))
+            _wait(thread, until)
 
     def _work(self) -> None:
         torch.get_num_threads()  # takes the number of the process over, which would replace ours later
@@ -144,13 +144,21 @@ class _Crew(Generic[S, T]):
 _alive: weakref.WeakSet[_Crew[Any, Any]] = weakref.WeakSet()
 """Those whose threads may work."""
 
+_running: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+"""Threads that were begun. The last one of a crew outlives it: it clears away what the crew read from."""
+
 
 @atexit.register
 def _end_threads() -> None:
     """Ends threads of iterators that nobody closed: one that is inside of torch when Python ends aborts the program."""
-    crews = list(_alive)
-    for crew in crews:
+    for crew in list(_alive):
         crew.tell()
     until = time.monotonic() + PATIENCE
-    for crew in crews:
-        crew.wait(until - time.monotonic())
+    for thread in list(_running):
+        _wait(thread, until)
+
+
+def _wait(thread: threading.Thread, until: float) -> None:
+    """Waits for the end of ``thread`` until then at most."""
+    if thread.is_alive() and thread is not threading.current_thread():  # where garbage is collected
+        thread.join(max(until - time.monotonic(), 0.0))

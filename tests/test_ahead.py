@@ -157,3 +157,36 @@ def test_a_thread_that_is_not_needed_any_more_ends() -> None:
     while threading.active_count() > before and time.monotonic() < limit:
         time.sleep(0.02)
     assert threading.active_count() == before
+
+
+CLEARED_AT_THE_END = """
+import threading, time
+from datasets.ahead import in_thread
+
+begun = threading.Event()
+
+class Slow:
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        time.sleep(0.2)  # the iterator is closed meanwhile, so the thread is the last to hold this
+        return 1
+
+    def __del__(self):
+        begun.set()
+        time.sleep(0.5)
+        print("cleared", flush=True)
+
+items = in_thread(Slow(), ahead=1)
+next(items)
+items.close()
+del items
+begun.wait()
+"""
+
+
+def test_the_program_waits_for_a_closed_iterators_thread_to_clear_away_what_it_read_from() -> None:
+    command = [sys.executable, "-c", CLEARED_AT_THE_END]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "cleared\n", "")
