@@ -38,9 +38,15 @@ def cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
+def scaling_parser() -> argparse.ArgumentParser:
+    parser = make_parser(__doc__)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
+    return parser
+
+
 def one_process(argv: list[str], folder: Path) -> None:
     """What each process of a run does; the first one writes the figures."""
-    args = make_parser().parse_args(argv)
+    args = scaling_parser().parse_args(argv)
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     with processes() as own:
@@ -74,16 +80,13 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         one_process(sys.argv[3:], Path(sys.argv[2]))
         return
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
-    own, rest = parser.parse_known_args()
-    args = make_parser().parse_args(rest)
+    args = scaling_parser().parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         large = torch.cuda.is_available()
         kilobytes = write_store(folder / "high.lmdb", args.slides, 3 * args.patches if large else 20, args.stored)
         write_store(folder / "low.lmdb", args.slides, args.patches if large else 10, args.stored)
-        found = {world: start(world, rest, folder) for world in own.gpus}
+        found = {world: start(world, sys.argv[1:], folder) for world in args.gpus}
     report(args, kilobytes, found)
 
 

@@ -163,9 +163,9 @@ def bare_step(learner: Learner, rendered: torch.Tensor, bags: Bags) -> None:
     learner.optimizer.zero_grad(set_to_none=True)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(description: str | None) -> argparse.ArgumentParser:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=14 if gpu else 1)
     parser.add_argument("--bags", type=int, default=8 if gpu else 2)
     parser.add_argument("--patches", type=int, default=128 if gpu else 8)
@@ -179,12 +179,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--sync_bn", action="store_true")
     parser.add_argument("--plain_stem", action="store_true", help="no fused first layers (modules.stem)")
     parser.add_argument("--jpeg_decoder", choices=("auto", "cpu", "gpu"), default="auto")
-    parser.add_argument("--cores", type=int, nargs="*", default=[], help="fewer and fewer CPU cores")
     return parser
 
 
 def main() -> None:
-    gpu, args = torch.cuda.is_available(), make_parser().parse_args()
+    gpu, parser = torch.cuda.is_available(), make_parser(__doc__)
+    parser.add_argument("--cores", type=int, nargs="*", default=[], help="fewer and fewer CPU cores")
+    args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     with tempfile.TemporaryDirectory() as name:

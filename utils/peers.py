@@ -35,6 +35,7 @@ GRACE_S = {STATUS: 60.0}
 """How long processes may go on when another machine has ended, by its status: they may be saving."""
 OTHER_GRACE_S = 5.0
 LAST_RESORT_S = 45.0
+CLOSE_S = 5.0
 
 
 class LostError(Exception):
@@ -151,6 +152,11 @@ class Peers:
             else:
                 self._news.wait_for(lambda: self._lost or self._closing, 10)
 
+    def close(self) -> None:
+        """Ends the conversation: a thread that is inside of torch when Python ends aborts the program."""
+        self._closing = True
+        self._thread.join(CLOSE_S)
+
     # The conversation, in a thread of its own
 
     def _talk(self) -> None:
@@ -163,7 +169,7 @@ class Peers:
             with self._news:
                 self._lost = self._lost or "machine 0 no longer answers"
                 self._news.notify_all()
-            while self._running is not None:
+            while self._running is not None and not self._closing:
                 self._heed()
                 time.sleep(BEAT_S)
 
@@ -177,7 +183,7 @@ class Peers:
             if rank != self._nodes.rank and (rank in self._others or self._store.check([key])):
                 self._hear(rank, json.loads(self._store.get(key)))
         with self._news:
-            self._closing = left and self._nodes.rank != 0
+            self._closing = self._closing or (left and self._nodes.rank != 0)
             self._news.notify_all()
 
     def _hear(self, rank: int, record: dict[str, Any]) -> None:

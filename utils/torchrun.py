@@ -53,8 +53,11 @@ def _run(nodes: Nodes, argv: list[str]) -> int:
         if nodes.count == 1:
             return _attempts(nodes, None, argv).status
         peers = Peers(nodes, {"arguments": argv, "MAX_RESTARTS": nodes.restarts})
-        ending = _attempts(nodes, peers, argv)
-        peers.leave()
+        try:
+            ending = _attempts(nodes, peers, argv)
+            peers.leave()
+        finally:
+            peers.close()
     except SignalException as error:
         return 128 + int(error.sigval)
     if ending.cause:
