@@ -96,7 +96,8 @@ def make_learner(args: argparse.Namespace, processes: Processes) -> Learner:
 def batches_of(args: argparse.Namespace, folder: Path, processes: Processes) -> tuple[Iterator[Bags], TrainStream]:
     """The batches of many epochs, read and decoded as a run would."""
     sources: Sequence[Source] = [PixelSource(PatchStore(folder / name)) for name in ("low.lmdb", "high.lmdb")]
-    decoder = gpu_decoder(DataConfig(jpeg_decoder=args.jpeg_decoder), sources[-1], processes, args.workers)
+    data = DataConfig(jpeg_decoder=args.jpeg_decoder)
+    decoder = gpu_decoder(data, sources[-1], processes, args.workers, in_step=True)
     if decoder is not None:
         sources = coded(sources)
     if processes.is_main:

@@ -12,6 +12,7 @@ import torch
 
 from datasets.bags import Bags, TrainBags
 from datasets.full_bags import full_bag_batches
+from datasets.gpu_jpeg.coded import GpuDecoder
 from datasets.labels.types import Fold
 from datasets.loaders import TrainStream, train_batches
 from datasets.sampling import bag_limit
@@ -78,15 +79,20 @@ def training_stream(
     )
 
 
+def training_decoder(setup: Setup, processes: Processes) -> GpuDecoder | None:
+    """The decoder for training patches; None where the reading processes decode, and for features."""
+    data, in_step = setup.config.data, setup.chunks is None
+    return gpu_decoder(data, setup.sources.train[-1], processes, data.num_workers, in_step)
+
+
 def training_batches(setup: Setup, fold: Fold, processes: Processes, stream: TrainStream) -> Iterator[Bags]:
     """The batches of ``stream``, prepared as the options say."""
-    data, sources = setup.config.data, setup.sources.train
-    decoder = gpu_decoder(data, sources[-1], processes, data.num_workers)
+    sources, decoder = setup.sources.train, training_decoder(setup, processes)
     if decoder is not None:
         sources = coded(sources)
         log.info("The GPU decodes the patches (--jpeg_decoder).")
     bags = TrainBags(fold.train, sources, setup.plan, setup.views, fold.seed)
-    options = loader_options(setup, processes, data.num_workers, decoder)
+    options = loader_options(setup, processes, setup.config.data.num_workers, decoder)
     if setup.chunks is not None:
         return full_bag_batches(bags, stream, options, setup.chunks)
     return train_batches(bags, stream, options)

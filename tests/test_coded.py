@@ -179,6 +179,22 @@ def test_the_gpu_is_chosen_where_few_could_decode(store: PatchStore, monkeypatch
         assert gpu_decoder(DataConfig(jpeg_decoder="cpu"), PixelSource(store), own, workers) is None
 
 
+def test_processes_that_train_in_step_decode_themselves_earlier(
+    store: PatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.decoding.GpuDecoder", lambda *_: SimpleNamespace(engines=True))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(32)))
+    for world, workers, in_step, chosen in (
+        (2, 14, True, False),
+        (2, 12, True, True),
+        (2, 14, False, True),
+        (1, 14, True, True),
+    ):
+        own = Processes(0, world, torch.device("cuda", 0), local_world=world)
+        decoder = gpu_decoder(DataConfig(), PixelSource(store), own, workers, in_step)
+        assert (decoder is not None) == chosen
+
+
 def test_jpegs_that_do_not_stack_are_left_to_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.decoding.GpuDecoder", lambda *_: SimpleNamespace(engines=True))
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))

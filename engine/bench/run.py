@@ -34,9 +34,8 @@ from engine.bench.supply import (
     sample_jpegs,
 )
 from engine.bench.verdict import limit_of, verdict
-from engine.decoding import gpu_decoder
 from engine.experiment import set_precision
-from engine.fold import build_learner, training_batches, training_stream
+from engine.fold import build_learner, training_batches, training_decoder, training_stream
 from engine.records import Records, environment, run_folder
 from engine.setup import Setup, prepare
 from engine.staging import staged
@@ -180,8 +179,7 @@ def _measure_supply(setup: Setup, fold: Fold, processes: Processes, share: dict[
 
 def _decoding_on_the_gpu(setup: Setup, processes: Processes, jpegs: Sequence[bytes]) -> Rate | None:
     """What the GPUs decode when they do nothing else; None where the options leave decoding to the CPU."""
-    data = setup.config.data
-    decoder = gpu_decoder(data, setup.sources.train[-1], processes, data.num_workers)
+    decoder = training_decoder(setup, processes)
     if decoder is None:
         return None
     begin_stage(processes, "decoding, GPU")
