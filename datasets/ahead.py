@@ -17,7 +17,7 @@ import torch
 S = TypeVar("S")
 T = TypeVar("T")
 
-PATIENCE = 3.0
+PATIENCE = 20.0
 """Seconds that the end of the program waits for what threads are about: parts of a bag, or decoding a batch."""
 
 

@@ -141,11 +141,6 @@ def uses_positions(mil: str, options: ModelConfig) -> bool:
 
 def _check_outputs(config: Config, cohort: Cohort) -> None:
     asked = config.model.n_classes
-    if asked is not None and cohort.task == "classification" and asked != cohort.n_classes:
-        raise UserError(
-            f"n_classes is {asked}, but the labels have {cohort.n_classes} classes ({', '.join(cohort.class_names)}). "
-            "Remove --n_classes, or name the classes with --classes."
-        )
     if asked not in (None, 1) and cohort.task == "regression":
         raise UserError(f"n_classes is {asked}, but a regression has one output. Remove --n_classes.")
 

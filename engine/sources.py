@@ -27,6 +27,11 @@ FEATURES_ONLY = {
 }
 """Options that only features know -> what holds for patches."""
 
+RENAMED_PATHS = (
+    "(The published program replaced 224 by 256 inside the path; here --dataset_root is the training store as it is, "
+    "and --dataset_test_root may name a separate one for evaluation.)"
+)
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -198,7 +203,7 @@ def _pixel_sources(data: DataConfig, places: Mapping[str, Path]) -> Sources:
         test=PixelSource(stores[test_root], data.channel_order),
         stored_px=_common_size(data, {root: stores[root] for root in train_roots}),
         width=None,
-        slides=_in_all({root: store.counts for root, store in stores.items()}, test_root),
+        slides=_in_all({root: _filled(root, store) for root, store in stores.items()}, test_root),
         fingerprints={root: store.fingerprint for root, store in stores.items()},
     )
 
@@ -261,6 +266,16 @@ def _in_all(counts: Mapping[str, Mapping[str, int]], test_root: str) -> Mapping[
     return {slide: n for slide, n in counts[test_root].items() if slide in common}
 
 
+def _filled(root: str, store: PatchStore) -> Mapping[str, int]:
+    """Slides of a store that have patches, with their numbers; logs which ones have none."""
+    empty = sorted(slide for slide, n in store.counts.items() if n == 0)
+    if not empty:
+        return store.counts
+    such = ", ".join(empty[:3])
+    log.warning("%d slides of %s hold no patches and count as missing, such as %s.", len(empty), root, such)
+    return {slide: n for slide, n in store.counts.items() if n}
+
+
 def _open_store(root: Path) -> PatchStore:
     if not root.exists():
         raise UserError(f"there is no store {root}. Write one with CLAM/save_patches.py, or correct the path.")
@@ -274,14 +289,12 @@ def _common_size(data: DataConfig, stores: dict[str, PatchStore]) -> int:
     if len(set(sizes.values())) > 1:
         raise UserError(
             f"the two magnifications hold patches of different size ({listing}). Write both with one --img_size "
-            "of CLAM/save_patches.py."
+            f"of CLAM/save_patches.py. {RENAMED_PATHS}"
         )
     size = next(iter(sizes.values()))
     if data.img_size is not None and data.img_size != size:
         raise UserError(
             f"img_size is {data.img_size}, but the training store holds {size} px patches ({listing}). Give the "
-            f"store that holds {data.img_size} px as --dataset_root, or --img_size={size}. (The published program "
-            "replaced 224 by 256 inside the path; here --dataset_root is the training store as it is, and "
-            "--dataset_test_root may name a separate one for evaluation.)"
+            f"store that holds {data.img_size} px as --dataset_root, or --img_size={size}. {RENAMED_PATHS}"
         )
     return size

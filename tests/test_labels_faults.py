@@ -211,3 +211,8 @@ def test_options_come_from_the_configuration() -> None:
     assert (options.bag_level, options.val2test, options.cv_fold) == ("case", True, 3)
     with pytest.raises(UserError, match="csv_path is not set"):
         LabelOptions.from_config(DataConfig(), ModelConfig(), TrainConfig())
+
+
+def test_two_times_are_refused(tmp_path: Path) -> None:
+    text = "\n".join(line + (",survival_months" if n == 0 else ",7") for n, line in enumerate(SURV.strip().split("\n")))
+    assert "Event, Status and survival_months" in surv_fault(tmp_path, text)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from datasets.labels import Cohort, LabelOptions, describe, fingerprint, load_cohort, write_split
+from datasets.labels.columns import find_columns
 from datasets.labels.report import split_card
 
 FOUR = "case,slide,label,fold\np1,a,IDC,train\np2,b,ILC,train\np3,c,IDC,val\np4,d,ILC,test\np5,e,IDC,test\n"
@@ -239,3 +240,19 @@ def test_a_written_split_loads_as_the_same_fold(tmp_path: Path) -> None:
     text = (tmp_path / "split.csv").read_text()
     again = load(tmp_path, text, "abcde", datasets="mine").folds[0]
     assert (again.train, again.val, again.test) == (fold.train, fold.val, fold.test)
+
+
+@pytest.mark.parametrize(
+    ("header", "roles"),
+    [
+        ("a,b,c,d", {"case": 0, "id": 1, "label": 2, "split": 3}),
+        ("case_id,slide_id,label,part", {"case": 0, "id": 1, "label": 2, "split": 3}),
+        ("slide,case,label,fold", {"id": 0, "case": 1, "label": 2, "split": 3}),
+        ("slide,case,label,site", {"id": 0, "case": 1, "label": 2}),
+        ("slide,label,fold,site", {"id": 0, "label": 1, "split": 2}),
+        ("ID,Label,Split,Group", {"id": 0, "label": 1, "split": 2}),
+        ("ID,Label,Split,Patient", {"id": 0, "label": 1, "split": 2, "case": 3}),
+    ],
+)
+def test_four_columns_go_by_position_unless_their_names_say_otherwise(header: str, roles: dict[str, int]) -> None:
+    assert find_columns(header.split(","), survival=False) == roles

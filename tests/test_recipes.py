@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from utils.errors import UserError
 from utils.options import parse
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +54,25 @@ def test_every_recipe_parses_and_can_be_overridden(path: Path) -> None:
     config, _ = parse(["-c", str(path), "--lr=0.5", "--no_amp"])
     assert config.train.lr == 0.5
     assert config.train.amp is False
+
+
+def test_published_defaults_of_options_that_are_refused_change_nothing() -> None:
+    given = ["--bootstrap_mode=test", "--attn_type=sa", "--epoch_start=0", "--same_psize_ratio=0.0", "--local-rank=1"]
+    config, notes = parse([*given, "--model_ema=false"])
+    assert config == parse([])[0]
+    assert len(notes) == len(given) + 1
+    for other in ("--bootstrap_mode=val", "--attn_type=rmsa", "--epoch_start=3", "--model_ema"):
+        with pytest.raises(UserError, match=other.lstrip("-").split("=")[0]):
+            parse([other])
+
+
+def test_a_published_run_without_bootstrap() -> None:
+    assert parse(["--bootstrap_mode=none"])[0].eval.num_bootstrap == 0
+
+
+@pytest.mark.parametrize("recipe", ["e2e/r18_brca_survival", "feat/fm_survival"])
+def test_the_published_survival_recipes_train_on_the_published_bins(recipe: str) -> None:
+    assert parse(["-c", str(ROOT / f"config/{recipe}.yaml")])[0].data.surv_bins == "published"
 
 
 @pytest.mark.parametrize(("published", "ours"), [("no_train", "test"), ("only_train", "no_test"), ("all", "all")])

@@ -1,17 +1,21 @@
 """Whole runs of main.py on a tiny cohort."""
 
 import csv
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import TinyCohort, make_tiny_cohort
 
 import main
+from datasets.jpeg import encode
+from datasets.store import PatchStore, StoreWriter
 
 ROOT = Path(main.__file__).parent
 ENCODER = "--model=e2e_timm:test_resnet_abmilx"
@@ -172,6 +176,33 @@ def test_a_corrupt_patch_stops_the_run_naming_slide_and_patch(tiny, tmp_path, ca
     options = tiny.options(ENCODER, "--same_psize=0", "--batch_size=1", f"--dataset_root={broken}")
     assert main.main([*options, f"--output_path={tmp_path}"]) == 2
     assert "P00-0" in caplog.text
+
+
+def test_slides_without_patches_count_as_missing(tiny, tmp_path, caplog):
+    store = tmp_path / "high.lmdb"
+    store.write_bytes(tiny.high.read_bytes())
+    with StoreWriter(store, PatchStore(store).header) as writer:
+        writer.put_slide("P18-0", [], np.zeros((0, 2), np.int64))
+    options = tiny.options(f"--dataset_root={store}", f"--output_path={tmp_path}")
+    assert main.main(["check", *options]) == 2
+    assert "hold no patches and count as missing, such as P18-0" in caplog.text
+    assert main.main(["check", *options, "--missing=drop"]) == 0
+
+
+def test_n_classes_of_a_published_task_is_not_used(tiny, tmp_path, caplog):
+    options = tiny.options("--datasets=panda_tiny", "--n_classes=2", f"--output_path={tmp_path}")
+    assert main.main(["check", *options]) == 0
+    assert "n_classes 2 is not used" in caplog.text
+
+
+def test_the_published_three_store_layout_is_explained(tiny, tmp_path, caplog):
+    small = tmp_path / "small.lmdb"
+    header = dataclasses.replace(PatchStore(tiny.low).header, image_size_px=16)
+    with StoreWriter(small, header) as writer:
+        writer.put_slide("P00-0", [encode(np.zeros((16, 16, 3), np.uint8), 90)], np.zeros((1, 2), np.int64))
+    options = tiny.options("--mul_scale_input", f"--dataset_sub_root={small}", f"--output_path={tmp_path}")
+    assert main.main(["check", *options]) == 2
+    assert "--dataset_test_root" in caplog.text
 
 
 def test_check_reads_everything_and_trains_nothing(tiny, tmp_path, caplog):

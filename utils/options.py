@@ -23,6 +23,7 @@ ALWAYS_DONE = {
     "reduce_bn": "BatchNorm statistics are averaged over the processes behind every epoch",
     "log": "checkpoints are always written and the best one is always tested",
     "amp_unscale": "the gradient scaler is used with fp16 only",
+    "local_rank": "the environment that torchrun sets says which process this is",
 }
 """Published options that ask for what this program does anyway: accepted, with a note in the log."""
 
@@ -39,15 +40,34 @@ REFUSED = {
     "same_psize_ratio": "it never took effect; remove it",
     "bootstrap_mode": "the test predictions are resampled; --num_bootstrap=0 turns it off",
     "wandb_watch": "gradient histograms are not logged; remove the option",
+    "attn_type": "there is one kind of self-attention; remove it",
 }
-"""Published options that are dead or broken: refused with what to use instead."""
+"""Published options that are dead, broken or not there: refused with what to use instead."""
+
+HARMLESS_VALUES = {
+    "epoch_start": ("0",),
+    "same_psize_ratio": ("0", "0.0"),
+    "bootstrap_mode": ("test",),
+    "attn_type": ("sa",),
+    "lr_supi": ("false",),
+    "da_gated": ("false",),
+    "model_ema": ("false",),
+    "bin_metric": ("false",),
+    "load_gpu_later_train": ("false",),
+    "wandb_watch": ("false",),
+}
+"""Published defaults of refused options, which ask for what happens here: accepted, with a note in the log."""
 
 REFUSED_VALUES = {
     ("loss", "asl"): "the published program never had it; give --loss=bce with --task=multilabel",
 }
 """Published values of options that never worked: refused with what to use instead."""
 
-PUBLISHED_VALUES = {("script_mode", "no_train"): "test", ("script_mode", "only_train"): "no_test"}
+PUBLISHED_VALUES = {
+    ("script_mode", "no_train"): ("script_mode", "test"),
+    ("script_mode", "only_train"): ("script_mode", "no_test"),
+    ("bootstrap_mode", "none"): ("num_bootstrap", 0),
+}
 """Published values with another name here: (option, value) -> ours."""
 
 _TRUE = {"true", "1", "yes", "on"}
@@ -131,7 +151,8 @@ def build_parser() -> argparse.ArgumentParser:
                 metavar = "|".join(f.choices) if f.choices else f.kind.__name__.upper()
                 section.add_argument(f"--{f.name}", metavar=metavar, help=text)
     for name in (*ALWAYS_DONE, *REFUSED):
-        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, nargs="?", const="true", help=argparse.SUPPRESS)
         parser.add_argument(f"--no_{name}", nargs="?", const="true", help=argparse.SUPPRESS)
     return parser
 
@@ -157,15 +178,16 @@ def _typed(layer: dict[str, Any], source: str, faults: Faults, notes: list[str])
     """Converts one layer of options; records unknown names and wrong values in ``faults``."""
     values: dict[str, Any] = {}
     for key, raw in layer.items():
+        key, raw = PUBLISHED_VALUES.get((key, str(raw)), (key, raw))
         bare = key[3:] if key.startswith("no_") and key not in FIELDS else key
-        if bare in ALWAYS_DONE:
-            notes.append(f"{source}: {key} is accepted and changes nothing: {ALWAYS_DONE[bare]}.")
+        if bare in ALWAYS_DONE or (bare == key and str(raw).lower() in HARMLESS_VALUES.get(bare, ())):
+            why = ALWAYS_DONE.get(bare, f"{raw} is what happens here")
+            notes.append(f"{source}: {key} is accepted and changes nothing: {why}.")
         elif bare in REFUSED:
             faults.add(f"{source}: {key}: {REFUSED[bare]}.")
         elif bare not in FIELDS or (bare != key and FIELDS[bare].kind is not bool):
             faults.add(f"{source}: there is no option {key!r}.{did_you_mean(key, _known())}")
         else:
-            raw = PUBLISHED_VALUES.get((bare, str(raw)), raw)
             values.update(_convert(FIELDS[bare], raw, f"{source}: {key}", bare != key, faults))
     return values
 

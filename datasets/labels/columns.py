@@ -41,15 +41,16 @@ def find_columns(header: list[str], survival: bool) -> dict[str, int] | str:
     if survival:
         return _survival(header, named)
     if {"ID", "Label", "Split"} <= set(header):
-        return named | {
+        return _patient_only(named, header) | {
             "id": header.index("ID"),
             "label": header.index("Label"),
             "split": header.index("Split"),
         }
     if len(header) == 2 and not {"id", "label"} <= set(named):
         return {"id": 0, "label": 1}
-    if len(header) == 4 and not {"id", "case", "label", "split"} <= set(named):
-        return {"case": 0, "id": 1, "label": 2, "split": 3}
+    positions = {"case": 0, "id": 1, "label": 2, "split": 3}
+    if len(header) == 4 and not (len(named) > 2 and named.items() - positions.items()):
+        return positions
     if {"id", "label"} <= set(named):
         return named
     return f"the columns {', '.join(header)} are not understood. Accepted forms: {FORMS_CLASSIFICATION}."
@@ -76,6 +77,11 @@ def find_multilabel_columns(header: list[str], names: tuple[str, ...]) -> dict[s
     return roles | {LABEL_ROLE + name: header.index(name) for name in names}
 
 
+def _patient_only(named: dict[str, int], header: list[str]) -> dict[str, int]:
+    """Without a block or group as the case: beside the published columns it may be any further one."""
+    return {role: at for role, at in named.items() if role != "case" or header[at].lower() not in ("block", "group")}
+
+
 def _by_name(header: list[str]) -> dict[str, int]:
     lower = [name.lower() for name in header]
     found = {}
@@ -89,6 +95,11 @@ def _by_name(header: list[str]) -> dict[str, int]:
 def _survival(header: list[str], named: dict[str, int]) -> dict[str, int] | str:
     """The published files call the time Event; beside a column called time, event is the status."""
     roles = dict(named)
+    if {"event", "status"} <= {name.lower() for name in header} and "time" in roles:
+        return (
+            f"the csv has the columns Event, Status and {header[roles['time']]}: beside Status, Event is the time, as "
+            f"in the published files, so there are two times. Remove or rename one. Accepted forms: {FORMS_SURVIVAL}."
+        )
     if "time" not in roles and "event" in roles:
         lower = [name.lower() for name in header]
         published = {"time": "event", "event": "status"}
