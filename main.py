@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         leave_mark(FAULT)
         return FAULT
     except Stopped:
-        log.info("stopped as asked; the same command goes on")
+        log.info("stopped as asked")
         leave_mark()
         return STATUS
     except KeyboardInterrupt:

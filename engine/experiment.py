@@ -17,6 +17,7 @@ from datasets.labels.report import split_card, write_split
 from engine.agreement import check_processes, check_same_input
 from engine.dryrun import dry_run
 from engine.fold import FoldRun
+from engine.fold_files import forget_folds
 from engine.metrics.bootstrap import bootstrap, summarise
 from engine.records import Records, environment, run_folder
 from engine.setup import Setup, build_model, prepare
@@ -80,6 +81,8 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
         log.info("%s", note)
     show_cohort(setup)
     setup = staged(setup, processes)
+    if config.run.resume == "never" and config.run.script_mode != "test":
+        forget_folds(records.folder, (fold.index for fold in setup.cohort.folds), processes)
     results = []
     for fold in setup.cohort.folds:
         fold_run = FoldRun(setup, fold, processes, records)

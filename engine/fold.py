@@ -125,7 +125,7 @@ class FoldRun:
         run = self.setup.config.run
         training = run.script_mode != "test"
         if training:
-            self.files.clear(start_anew=run.resume == "never")
+            self.files.clear()
         state = None if run.resume == "never" else self.files.load_last()
         if state is not None:
             self.learner.load_state_dict(state)
@@ -292,12 +292,14 @@ class FoldRun:
 
     def _say_stopped(self, where: str) -> None:
         by = next((by for by in self.processes.gather(self.processes.stop.by) if by), "a signal")
+        anew = " without --resume=never" if self.setup.config.run.resume == "never" else ""
         log.info(
-            "%s: %s: saved behind %s in %s. The same command goes on from there. Exit status %d.",
+            "%s: %s: saved behind %s in %s. The same command%s goes on from there. Exit status %d.",
             self.label,
             by,
             where,
             self.files.last,
+            anew,
             STATUS,
         )
 

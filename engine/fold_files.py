@@ -24,6 +24,19 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 
+def last_path(folder: Path, fold: int) -> Path:
+    """Where a fold keeps the state from which a stopped run goes on."""
+    return folder / f"fold_{fold}_last.pt"
+
+
+def forget_folds(folder: Path, folds: Iterable[int], processes: Processes) -> None:
+    """Removes the states of ``folds``, all at once: else a new run that is stopped would go on with old folds."""
+    if processes.is_main:
+        for fold in folds:
+            last_path(folder, fold).unlink(missing_ok=True)
+    processes.barrier()
+
+
 class FoldFiles:
     """Paths and contents of a fold's checkpoints; rank 0 writes, every rank reads."""
 
@@ -33,19 +46,17 @@ class FoldFiles:
     @property
     def last(self) -> Path:
         """State from which a stopped run goes on."""
-        return self.folder / f"fold_{self.fold.index}_last.pt"
+        return last_path(self.folder, self.fold.index)
 
     def best(self, name: str) -> Path:
         """Weights of the best epoch: ``fold_<k>_model_best.pt``, ``fold_<k>_ema_model_best.pt`` for the EMA."""
         middle = "" if name == "main" else f"{name}_"
         return self.folder / f"fold_{self.fold.index}_{middle}model_best.pt"
 
-    def clear(self, start_anew: bool) -> None:
-        """Removes half-written files, and with ``start_anew`` the state of the run that was here before."""
+    def clear(self) -> None:
+        """Removes half-written files."""
         if self.processes.is_main:
             checkpoint.remove_torn(self.folder, f"fold_{self.fold.index}_")
-            if start_anew:
-                self.last.unlink(missing_ok=True)
         self.processes.barrier()
 
     def load_last(self) -> dict[str, Any] | None:

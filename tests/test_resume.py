@@ -118,6 +118,22 @@ def test_a_run_asked_to_stop_saves_its_step_and_answers_75(
     assert f"{by.name}: saved behind" in log_of(tmp_path)
 
 
+def test_a_stopped_run_that_began_anew_goes_on_without_old_folds(tiny: TinyCohort, tmp_path: Path) -> None:
+    arguments = options(tiny, tmp_path, "--cv_fold=2", "--random_fold", "--num_epoch=1")
+    assert Job(arguments).wait() == [0]
+    old = (folder(tmp_path) / "fold_1_last.pt").read_bytes()
+    first = folder(tmp_path) / "fold_0_last.pt"
+    first.unlink()
+    job = Job([*arguments, "--resume=never"])
+    while not first.exists():
+        assert job.processes[0].is_alive()
+        time.sleep(0.01)
+    job.send(signal.SIGKILL)
+    job.wait()
+    behind = folder(tmp_path) / "fold_1_last.pt"
+    assert not behind.exists() or behind.read_bytes() != old
+
+
 def test_a_kill_between_state_and_best_weights_is_repaired(tiny: TinyCohort, tmp_path: Path) -> None:
     arguments = options(tiny, tmp_path, "--num_epoch=1")
     assert Job(arguments).wait() == [0]
