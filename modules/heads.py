@@ -25,7 +25,16 @@ def build_mil(name: str, input_dim: int, n_classes: int, options: ModelConfig) -
     """The head registered under ``name``; raises UnknownNameError, or UserError for an unfit option."""
     if input_dim < 1 or n_classes < 1:
         raise UserError(f"{name}: input_dim {input_dim} and n_classes {n_classes} must both be at least 1")
-    return mils.get(name).build(input_dim, n_classes, options)
+    if options.inner_dim < 1 or not 0 <= options.dropout < 1:
+        raise UserError(
+            f"{name}: inner_dim is {options.inner_dim} and dropout {options.dropout}; inner_dim must be at least 1, "
+            "and dropout from 0 to below 1"
+        )
+    head = mils.get(name)
+    try:
+        return head.build(input_dim, n_classes, options)
+    except ValueError as error:  # of heads that other programs use, which know nothing of this one
+        raise UserError(f"{name}: {error}") from error
 
 
 def attention_weights(head: nn.Module, x: Tensor, mask: Tensor | None = None, pos: Tensor | None = None) -> Tensor:

@@ -48,9 +48,11 @@ BLOCK_STATES = 2**26
 
 def scan(decay: Tensor, drive: Tensor, dim: int) -> Tensor:
     """s_t = decay_t s_{t-1} + drive_t along ``dim``, from zero; all three of one shape."""
+    state = torch.zeros_like(drive.select(dim, 0))  # so the decay has a gradient on a grid of one cell too
     states: list[Tensor] = []
     for a, b in zip(decay.unbind(dim), drive.unbind(dim), strict=True):
-        states.append(torch.addcmul(b, a, states[-1]) if states else b)
+        state = torch.addcmul(b, a, state)
+        states.append(state)
     return torch.stack(states, dim)
 
 

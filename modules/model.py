@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from modules.compiled import CompiledEncoder
 from modules.sync_batchnorm import JoinedBatchNorm, largest_of_all, synchronised
 from utils.chunks import split_sizes
+from utils.errors import UserError
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -131,7 +132,15 @@ class SlideModel(nn.Module):
         """One encoder call; compiled for no patches at all it would not take part in what processes do together."""
         encoder = self._compiled if self._compiled is not None and len(part) else self.encoder
         assert encoder is not None
-        features: Tensor = encoder(part)
+        try:
+            features: Tensor = encoder(part)
+        except ValueError as error:  # torch's BatchNorm; the heads know a way round it
+            if len(part) != 1 or not self.training:
+                raise
+            raise UserError(
+                f"this encoder cannot train on a step of one patch: {str(error)[:60]}. Raise --batch_size, take more "
+                "patches per bag (--same_psize with --pad_enc_bs), or keep it fixed with --freeze_enc."
+            ) from error
         return features
 
     def _recomputed(self, part: Tensor) -> Tensor:
@@ -182,8 +191,14 @@ def bare_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
 
 def bare_name(name: str) -> str:
-    """``module.encoder._orig_mod.model.conv1.weight`` -> ``encoder.model.conv1.weight``."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+    """``module.encoder._orig_mod.model.conv1.weight`` -> ``encoder.model.conv1.weight``.
+
+    An encoder may have a layer called ``module``, so that word is a prefix in front only.
+    """
+    parts = name.split(".")
+    while parts[0] in ("module", "_orig_mod"):
+        del parts[0]
+    return ".".join(part for part in parts if part != "_orig_mod")
 
 
 @contextlib.contextmanager

@@ -396,6 +396,13 @@ def test_selective_scan_is_its_recurrence() -> None:
     torch.testing.assert_close(scan_2d(u, delta, rates, b, c), expected)
 
 
+def test_every_parameter_has_a_gradient_on_a_grid_of_one_cell() -> None:
+    """DistributedDataParallel waits for the gradients of all."""
+    head = Mamba2DMIL(8, 2, StemOptions(inner_dim=8))
+    head(torch.randn(1, 1, 8), pos=torch.zeros(1, 1, 2, dtype=torch.long)).sum().backward()
+    assert [name for name, parameter in head.named_parameters() if parameter.grad is None] == []
+
+
 def test_grid_leaves_out_empty_rows_and_columns() -> None:
     cells, rows, columns = grid_cells(torch.tensor([[5, 100], [90, 100], [5, 7]]))
     assert (rows, columns) == (2, 2)

@@ -1,5 +1,8 @@
 """Encoder and head joined: every head of the registry, bags of unequal length, chunks, frozen encoders."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +14,7 @@ from modules.listing import listing
 from modules.model import SlideModel, bare_name, pad
 from modules.registry import encoders, mils
 from utils.config import ModelConfig
+from utils.errors import UserError
 
 OPTIONS = ModelConfig(inner_dim=32, n_heads=2, n_layers=1, act="gelu", dropout=0.0)
 
@@ -69,6 +73,41 @@ def test_pad_and_mask_say_which_instances_exist():
 
 def test_prefixes_of_wrappers_are_removed():
     assert bare_name("module.encoder._orig_mod.model.conv1.weight") == "encoder.model.conv1.weight"
+    assert bare_name("_orig_mod.module.mil.proj.weight") == "mil.proj.weight"
+    assert bare_name("encoder.model.mixer.module.0.weight") == "encoder.model.mixer.module.0.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"n_heads": 7}, "abmilx: inner_dim 32 is not a multiple"),
+        ({"n_heads": 0}, "abmilx: inner_dim 32 is not a multiple"),
+        ({"inner_dim": 0}, "inner_dim is 0"),
+        ({"dropout": 2.0}, "dropout 2.0"),
+    ],
+)
+def test_unfit_options_of_a_head_are_the_users_fault(changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        build_mil("abmilx", 8, 2, replace(OPTIONS, **changes))
+
+
+def test_an_encoder_that_needs_two_patches_says_so() -> None:
+    class Squeezing(nn.Module):
+        width = 4
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(x.mean((2, 3), keepdim=True)).flatten(1)
+
+    model = SlideModel(build_mil("meanmil", 3, 2, OPTIONS), Squeezing())
+    model(torch.rand(2, 3, 4, 4), [2])
+    with pytest.raises(UserError, match="cannot train on a step of one patch"):
+        model(torch.rand(1, 3, 4, 4), [1])
+    model.eval()
+    model(torch.rand(1, 3, 4, 4), [1])
 
 
 def test_the_list_names_every_encoder_and_head():
