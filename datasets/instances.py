@@ -162,7 +162,7 @@ def bag_size(source: Source, slides: Sequence[str]) -> int:
 
 def load_instances(source: Source, slides: Sequence[str], picks: np.ndarray, out: Tensor | None = None) -> Tensor:
     """Instances ``picks`` of a bag, numbered through its slides in order; the result keeps the order of ``picks``."""
-    if len(slides) == 1:
+    if len(slides) == 1 or len(picks) == 0:
         return source.load(slides[0], picks, out)
     shares = list(by_slide(source, slides, picks))
     back = np.argsort(np.concatenate([rows for _, rows, _ in shares]))

@@ -22,6 +22,7 @@ from engine.tasks import Task
 from modules.model import SlideModel, bare_state_dict
 from utils.config import TrainConfig
 from utils.dist import Processes
+from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +170,17 @@ class Learner:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from ``state_dict()`` of a run with the same options."""
+        """Continues from ``state_dict()`` of a run with the same options.
+
+        Raises:
+            UserError: when that run computed in fp16 and this device would not, or the other way round.
+        """
+        scaled, names = bool(state["scaler"]), {True: "fp16", False: "bf16 or float32"}
+        if scaled != self.scaler.is_enabled():
+            raise UserError(
+                f"the run so far was computed in {names[scaled]}, and on this device it would go on in "
+                f"{names[not scaled]}. Go on where it began, or start anew with --resume=never and a fixed --amp_dtype."
+            )
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["teacher"])

@@ -43,21 +43,28 @@ def explained(load: Load, config: Config, training: bool) -> Iterator[None]:
 
 
 def _chunk(config: Config, training: bool) -> int:
-    return config.train.p_batch_size if training else config.eval.p_batch_size_v
+    call = config.train.p_batch_size
+    return call if training else min(call, config.eval.p_batch_size_v)
+
+
+def _has_encoder(config: Config) -> bool:
+    return config.model.model.startswith("e2e_")
 
 
 def remedy(config: Config, training: bool) -> str:
     """The options that save memory and are not at work already, the mildest first."""
-    train = config.train
+    train, encoder = config.train, _has_encoder(config)
+    if not training and encoder:
+        return f"Lower --p_batch_size_v below {_chunk(config, training)}; the results stay the same."
     if not training:
-        return f"Lower --p_batch_size_v (now {config.eval.p_batch_size_v}); the results stay the same."
+        return "Give --amp." if not train.amp else "This head needs a device with more memory for bags of that size."
     if train.full_bag:
         return _full_bag_remedy(config)
     offers = [
         "" if train.amp else "give --amp",
-        "" if train.grad_checkpointing else "give --grad_checkpointing (slower, the same result)",
-        "give --full_bag" if config.model.model.startswith("e2e_") and not bag_limit(config.data) else "",
-        f"lower --p_batch_size (now {train.p_batch_size}, with --grad_checkpointing)",
+        "give --grad_checkpointing (slower, the same result)" if encoder and not train.grad_checkpointing else "",
+        "give --full_bag" if encoder and not bag_limit(config.data) else "",
+        f"lower --p_batch_size (now {train.p_batch_size}, with --grad_checkpointing)" if encoder else "",
         f"lower --batch_size (now {train.batch_size}) and raise --accumulation_steps" if train.batch_size > 1 else "",
         f"lower --same_psize (now {config.data.same_psize or 'all instances'}) or --max_patch_train",
     ]

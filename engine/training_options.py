@@ -9,7 +9,15 @@ from utils.errors import Faults
 
 log = logging.getLogger(__name__)
 
-AT_LEAST_ONE = ("num_epoch", "batch_size", "accumulation_steps", "p_batch_size", "p_batch_size_v", "log_iter")
+AT_LEAST_ONE = (
+    "num_epoch",
+    "batch_size",
+    "accumulation_steps",
+    "p_batch_size",
+    "p_batch_size_v",
+    "log_iter",
+    "crop_size",
+)
 POSITIVE = ("lr", "encoder_lr", "clip_grad")
 NOT_NEGATIVE = (
     "weight_decay",
@@ -20,6 +28,7 @@ NOT_NEGATIVE = (
     "num_workers",
     "save_every_min",
     "full_bag_keep",
+    "seed",
 )
 
 
@@ -49,8 +58,24 @@ def check_training_options(config: Config) -> None:
             config.train.num_epoch,
             config.train.warmup_epochs,
         )
+    for sentence in _without_effect(config):
+        log.warning("%s", sentence)
     _check_full_bag(config, faults)
     faults.raise_if_any()
+
+
+def _without_effect(config: Config) -> list[str]:
+    """Options that others switch off. No faults: layers of recipes may well bring them together."""
+    train, model = config.train, config.model
+    found = {
+        "warmup_epochs has no effect: lr_sche const has no warm-up": train.warmup_epochs and train.lr_sche == "const",
+        f"amp_dtype {train.amp_dtype} has no effect without --amp": train.amp_dtype != "auto" and not train.amp,
+        "encoder_lr has no effect: --freeze_enc trains no encoder": model.freeze_enc and train.encoder_lr is not None,
+        "the encoder keeps the random weights it begins with: --freeze_enc with --no_enc_pt and without --enc_init": (
+            model.freeze_enc and not model.enc_pt and model.enc_init is None
+        ),
+    }
+    return [f"{sentence}." for sentence, applies in found.items() if applies]
 
 
 def _check_full_bag(config: Config, faults: Faults) -> None:
@@ -72,7 +97,7 @@ def _check_full_bag(config: Config, faults: Faults) -> None:
             not config.model.model.startswith("e2e_")
         ),
         "processes have different numbers of encoder calls, and --sync_bn would let them wait for each other: remove "
-        "--sync_bn, or take an encoder without BatchNorm": train.sync_bn,
+        "--sync_bn": train.sync_bn,
         "every chunk size would be recorded as a CUDA graph of its own: give --torchcompile_mode=default": (
             train.torchcompile and train.torchcompile_mode != "default"
         ),

@@ -12,19 +12,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import TinyCohort, make_tiny_cohort
+from tiny import SIDE_PX, TinyCohort, make_tiny_cohort
 from torch import nn
 
 import main
 from datasets.bags import Bags, pick
+from datasets.instances import PixelSource, load_instances
 from datasets.sampling import Regions, bag_limit, regional_order
+from datasets.store import PatchStore
 from engine.attention_sampling import elect, reduced
+from engine.learner import Learner
 from engine.optim import build_schedule, parameter_groups
 from engine.progress import EpochMeters
 from engine.selection import Best, EarlyStopping, Progress
+from engine.tasks import ClassificationTask
+from engine.training_options import check_training_options
+from modules.heads import build_mil
 from modules.model import SlideModel
-from utils.config import DataConfig, EvalConfig, RunConfig, TrainConfig
+from utils.config import DataConfig, EvalConfig, ModelConfig, RunConfig, TrainConfig
+from utils.dist import Processes
 from utils.errors import UserError
+from utils.options import parse
 from utils.stop import StopRequest
 
 
@@ -290,8 +298,10 @@ def test_a_signal_is_a_wish_and_handlers_come_back() -> None:
 
 
 def test_numbers_out_of_range_are_named_together(tiny: TinyCohort, tmp_path: Path, caplog) -> None:
-    assert run(tiny, tmp_path, "--accumulation_steps=0", "--clip_grad=-1", "--mm=1", "--lr=0") == 2
-    for text in ("accumulation_steps is 0", "clip_grad is -1.0", "mm is 1.0", "lr is 0.0"):
+    wrong = ["--accumulation_steps=0", "--clip_grad=-1", "--mm=1", "--lr=0", "--seed=-1", "--crop_size=0"]
+    assert run(tiny, tmp_path, *wrong) == 2
+    named = "accumulation_steps is 0", "clip_grad is -1.0", "mm is 1.0", "lr is 0.0", "seed is -1", "crop_size is 0"
+    for text in named:
         assert text in caplog.text
 
 
@@ -299,6 +309,27 @@ def test_a_run_shorter_than_its_warm_up_is_told_so(tiny: TinyCohort, tmp_path: P
     """Published recipes with a warm-up of ten epochs are tried out with --num_epoch=1."""
     assert run(tiny, tmp_path, "--warmup_epochs=10") == 0
     assert "the whole run is warm-up" in caplog.text
+
+
+def test_a_state_of_another_precision_is_refused() -> None:
+    task, processes = ClassificationTask(("0", "1"), "accuracy_macro"), Processes(0, 1, torch.device("cpu"))
+    model = SlideModel(build_mil("meanmil", 4, 2, ModelConfig()))
+    learner = Learner(model, task, None, TrainConfig(), processes, with_ema=False)
+    learner.load_state_dict(learner.state_dict())
+    with pytest.raises(UserError, match="computed in fp16, and on this device it would go on in bf16 or float32"):
+        learner.load_state_dict(learner.state_dict() | {"scaler": {"scale": 65536.0}})
+
+
+def test_a_magnification_of_which_a_bag_takes_nothing(tiny: TinyCohort) -> None:
+    nothing = load_instances(PixelSource(PatchStore(tiny.high)), ("P00-0", "P02-0"), np.zeros(0, np.int64))
+    assert nothing.shape == (0, SIDE_PX, SIDE_PX, 3)
+
+
+def test_options_that_others_switch_off_are_named(caplog) -> None:
+    schedule = ["--lr_sche=const", "--warmup_epochs=2", "--amp_dtype=bf16"]
+    check_training_options(parse([*schedule, "--freeze_enc", "--encoder_lr=1", "--no_enc_pt"])[0])
+    for text in ("lr_sche const has no warm-up", "without --amp", "trains no encoder", "random weights"):
+        assert text in caplog.text
 
 
 def test_always_test_adds_test_metrics_and_changes_nothing_else(tiny: TinyCohort, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ class TrainConfig:
     """How it is trained."""
 
     num_epoch: int = option(200, "epochs, and the length of the cosine schedule")
-    max_epoch: int = option(130, "earliest epoch after which training may stop early (at most num_epoch)")
+    max_epoch: int = option(130, "training stops early behind epoch max_epoch + 2 at the earliest, as published")
     patient: int = option(20, "epochs without improvement before training stops early")
     early_stopping: bool = option(True, "stop early; --no_early_stopping trains all epochs")
     batch_size: int = option(1, "bags per process and step")
