@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.errors import Faults, UserError, nearest
+from utils.files import is_file_name
 
 SAMPLE_BYTES = 1 << 16
 DEFAULT_SLIDE_EXT = ".svs"
@@ -84,8 +85,8 @@ def make_plan(csv_path: Path, h5_dir: Path, slide_dir: Path, slide_ext: str | No
     """The slides of the list whose coordinates exist.
 
     Raises:
-        UserError: the list or a coordinates file cannot be used, no slide has coordinates, or two slides
-        share a name.
+        UserError: the list or a coordinates file cannot be used, no slide has coordinates, two slides
+        share a name, or a name leads out of the output folder.
     """
     folder = h5_dir / "patches" if (h5_dir / "patches").is_dir() else h5_dir
     jobs: list[Job] = []
@@ -95,7 +96,13 @@ def make_plan(csv_path: Path, h5_dir: Path, slide_dir: Path, slide_ext: str | No
     for slide_id in read_slide_ids(csv_path):
         name, file = _names(slide_id, slide_ext)
         h5 = folder / f"{name}.h5"
-        if name in seen:
+        if not is_file_name(name):
+            # Folders of JPEGs are written, replaced and removed by this name.
+            faults.add(
+                f"{slide_id!r} gives the slide name {name!r}, which is no file name (no /, no \\, not . or ..); "
+                "list slides by their file names"
+            )
+        elif name in seen:
             faults.add(f"{seen[name]} and {slide_id} would both be slide {name!r}; rename one")
         elif not h5.is_file() and not (h5 := folder / f"{name}_patches.h5").is_file():
             skipped.append((slide_id, f"no coordinates ({folder / name}.h5)"))

@@ -214,6 +214,23 @@ def test_faults_of_lists_and_coordinates_are_named(tmp_path: Path) -> None:
         make_plan(tmp_path / "y.csv", tmp_path / "coords", cohort.slides, None)
 
 
+@pytest.mark.parametrize("slide_id", ["../../precious", "..", ".", "...svs", "sub/case7", "a\\\\b"])
+def test_names_that_lead_out_of_the_output_folder_are_refused(slide_id: str, tmp_path: Path) -> None:
+    cohort = Cohort(tmp_path)
+    cohort.add("a.svs")
+    cohort.grid("a")
+    precious = tmp_path / "precious" / "file"
+    precious.parent.mkdir()
+    precious.touch()
+    cohort.grid("../../precious")
+    cohort.names.append(slide_id)
+    cohort.write_csv()
+    with pytest.raises(UserError, match="no file name.*list slides by their file names"):
+        make_plan(cohort.csv, tmp_path / "coords", cohort.slides, None)
+    assert cohort.run("--save_img") == 2
+    assert precious.is_file()
+
+
 def test_sizes_names_and_shards() -> None:
     assert parse_sizes("256,224") == [256, 224]
     for text in ("a", "4", "256,256", ""):

@@ -26,6 +26,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def is_file_name(name: str) -> bool:
+    """Whether ``name`` is a file or folder directly below another, so that nothing outside is written or removed."""
+    return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Writes ``text`` so that a reader sees the old file or the new one, never half of it."""
     with atomic_path(path) as temporary:

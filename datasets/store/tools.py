@@ -11,7 +11,7 @@ from datasets.store.layout import SlideInfo, StoreHeader
 from datasets.store.reader import PatchStore
 from datasets.store.writer import StoreWriter
 from utils.errors import Faults, UserError, did_you_mean
-from utils.files import atomic_path
+from utils.files import atomic_path, is_file_name
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def _check_file_names(slides: Iterable[str]) -> None:
     """A store from elsewhere must not choose where files are written."""
     faults = Faults("slide names that cannot be file names")
     for slide in slides:
-        if slide in (".", "..") or any(sign in slide for sign in "/\\\0"):
+        if not is_file_name(slide):
             faults.add(repr(slide))
     faults.raise_if_any()
 
