@@ -23,7 +23,7 @@ from patch_reading import Images, PatchReader, Task, perform
 from patch_resize import warm_up
 
 from datasets import jpeg
-from utils.errors import UserError
+from utils.errors import UserError, told
 
 TASKS_AHEAD = 2
 """Tasks that a worker has received: the one in work and the next, so that it never waits for the writer."""
@@ -192,8 +192,9 @@ def _perform(pipe: Connection, task: Task, reader: PatchReader | None) -> PatchR
             pipe.send(images)
     except (BrokenPipeError, ConnectionResetError):
         raise
-    except (UserError, OSError, ValueError, RuntimeError, MemoryError) as error:
-        pipe.send(Ended(task.number, str(error) or type(error).__name__))
+    except Exception as error:  # noqa: BLE001
+        # Libraries raise whatever they like over odd files, and a worker that ends takes healthy slides with it.
+        pipe.send(Ended(task.number, told(error)))
         return None
     pipe.send(Ended(task.number))
     return reader

@@ -14,6 +14,8 @@ from PIL import Image
 from slide import Block, Pixels, RegionError, Slide, region_message
 from slide_scale import openslide_mpp, positive
 
+from utils.errors import UserError, told
+
 WHOLE_LEVEL_PX = 60_000_000
 """Levels up to here are read by one call where tiles cannot be read directly: 240 MB of RGBA."""
 
@@ -42,10 +44,22 @@ class OpenSlideSlide(Slide):
         try:
             return self._handle.read_region((x, y), level, (int(size_px[0]), int(size_px[1])))
         except openslide.OpenSlideError as error:
-            # OpenSlide refuses everything after an error: only a new handle reads the rest of the slide.
-            self._handle.close()
-            self._handle = openslide.OpenSlide(str(self.path))
-            raise RegionError(region_message(self.path, (x, y), level, error)) from error
+            message = region_message(self.path, (x, y), level, error)
+            self._open_again(message)
+            raise RegionError(message) from error
+
+    def _open_again(self, message: str) -> None:
+        """A new handle: after an error OpenSlide refuses everything, also the rest of the slide.
+
+        Raises:
+            UserError: the file does not open any more, so that the whole slide is lost, not only a region.
+        """
+        try:
+            handle = openslide.OpenSlide(str(self.path))
+        except (openslide.OpenSlideError, OSError) as error:
+            raise UserError(f"{message}; after that the file cannot be opened again: {told(error)}") from error
+        self._handle.close()
+        self._handle = handle
 
     def blocks(self, level: int, multiple_px: int = 1) -> Iterator[Block]:
         """The whole level, with the very pixels of one read from its corner.

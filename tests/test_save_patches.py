@@ -322,6 +322,26 @@ def test_a_worker_that_dies_costs_its_slides_only(cohort: Cohort, monkeypatch: p
     assert len(PatchStore(cohort.folder / "out" / "data.lmdb").slides) == 6
 
 
+@pytest.mark.parametrize("error", [IndexError("tuple index out of range"), TypeError("odd"), cv2.error("odd")])
+def test_whatever_a_slide_raises_is_its_own_failure(
+    error: Exception, cohort: Cohort, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abc":
+        cohort.add(f"{name}.png", seed=ord(name))
+        cohort.grid(name)
+    original = patch_pool.PatchReader
+
+    def odd(path: Path) -> Any:
+        if path.stem == "a":
+            raise error
+        return original(path)
+
+    monkeypatch.setattr(patch_pool, "PatchReader", odd)
+    assert cohort.run() == 1
+    assert cohort.statuses() == {"a": "failed", "b": "done", "c": "done"}
+    assert f"{type(error).__name__}: {error}" in (cohort.folder / "out" / "data_status.csv").read_text()
+
+
 def test_when_all_workers_die_the_run_ends_with_the_remedy(
     cohort: Cohort, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

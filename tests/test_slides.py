@@ -193,15 +193,19 @@ def test_truncated_image_is_a_region_error(tmp_path):
         slide.read_region((0, 0), 0, (10, 10))
 
 
+def overwrite(path: Path, offset: int, count: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[offset : offset + count] = b"\xff" * count
+    path.write_bytes(data)
+
+
 def test_a_damaged_strip_spares_the_others(tmp_path, monkeypatch):
     path, image = tmp_path / "s.tif", picture(130, 95)
     write_flat(path, image, "deflate")
     with tifffile.TiffFile(path) as file:
         page = file.pages[0]
         offset, count = page.dataoffsets[3], page.databytecounts[3]
-    data = bytearray(path.read_bytes())
-    data[offset : offset + count] = b"\xff" * count
-    path.write_bytes(data)
+    overwrite(path, offset, count)
     with open_slide(path) as slide:
         with pytest.raises(RegionError, match="strip or tile 3"):
             slide.read_region((0, 0), 0, (130, 95))
@@ -210,15 +214,25 @@ def test_a_damaged_strip_spares_the_others(tmp_path, monkeypatch):
         assert [b.pixels is None for b in slide.blocks(0)] == [False] * 3 + [True] + [False] * 10
 
 
+def test_a_file_that_is_gone_after_an_error_is_said_and_closes(tmp_path):
+    path = tmp_path / "p.tif"
+    write_pyramid(path, [picture(128, 128)])
+    with tifffile.TiffFile(path) as file:
+        overwrite(path, file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0])
+    with open_slide(path) as slide:
+        path.unlink()
+        with pytest.raises(UserError, match=r"p\.tif.*cannot be opened again") as caught:
+            slide.read_region((0, 0), 0, (10, 10))
+        assert not isinstance(caught.value, RegionError)
+
+
 def test_a_damaged_tile_spares_the_others(tmp_path, monkeypatch):
     """OpenSlide refuses everything after an error; the slide must open anew by itself."""
     path, image = tmp_path / "p.tif", picture(256, 192)
     write_pyramid(path, [image])
     with tifffile.TiffFile(path) as file:
         offset, count = file.pages[0].dataoffsets[0], file.pages[0].databytecounts[0]
-    data = bytearray(path.read_bytes())
-    data[offset : offset + count] = b"\xff" * count
-    path.write_bytes(data)
+    overwrite(path, offset, count)
     with open_slide(path) as slide:
         with pytest.raises(RegionError, match=r"p\.tif"):
             slide.read_region((0, 0), 0, (10, 10))

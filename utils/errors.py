@@ -13,6 +13,13 @@ class UserError(Exception):
     """
 
 
+def told(error: Exception) -> str:
+    """What users read of an error: the sentence of a UserError, of others the kind too."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
 class Faults:
     """Collects faults so that all of them are reported at once.
 
