@@ -28,6 +28,9 @@ from utils.errors import UserError
 BLACK_IS_ZERO, RGB = 1, 2
 """Values of PhotometricInterpretation."""
 
+FRACTIONS = (5, 10)
+"""Types of a tag (unsigned, signed) whose number is two: numerator and denominator."""
+
 UNMIXED = (0, 2)
 """Kinds of a fourth sample that leave the colours as they are: unspecified and unassociated alpha."""
 
@@ -202,13 +205,21 @@ def tiff_directory(entries: dict[int, tuple[int, tuple[int, ...] | bytes]], offs
 
 def _resolution(page: Any) -> tuple[float | None, str | None]:
     """um/px from the TIFF resolution tags, under the same rules as for OpenSlide's copy of them."""
-    tag, unit = page.tags.get("XResolution"), page.tags.get("ResolutionUnit")
-    if tag is None or unit is None or not tag.value[1]:
-        return None, None
-    names = {2: "inch", 3: "centimeter"}
+    resolution, unit = (_number(page.tags.get(name)) for name in ("XResolution", "ResolutionUnit"))
+    names = {2.0: "inch", 3.0: "centimeter"}
     return openslide_mpp(
         {
-            "tiff.XResolution": str(tag.value[0] / tag.value[1]),
-            "tiff.ResolutionUnit": names.get(int(unit.value), ""),
+            "tiff.XResolution": str(resolution),
+            "tiff.ResolutionUnit": "" if unit is None else names.get(unit, ""),
         }
     )
+
+
+def _number(tag: Any) -> float | None:
+    """The one number in a tag, a fraction worked out; None for whatever else writers put there (text, lists)."""
+    values = () if tag is None else tuple(np.ravel(tag.value).tolist())
+    if not all(isinstance(value, (int, float)) for value in values):
+        return None
+    if len(values) == 2 and tag.dtype in FRACTIONS:
+        return values[0] / values[1] if values[1] else None
+    return float(values[0]) if len(values) == 1 else None

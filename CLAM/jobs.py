@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cv2
-import openslide
 from magnification import Optics, Plan, Request
 from params import SlideParams
 from slide import Slide
@@ -21,20 +18,6 @@ BEST_DOWNSAMPLE = 64
 
 OUTPUTS = {"patches": ".h5", "masks": ".jpg", "stitches": ".jpg", "geojson": ".geojson"}
 """Folders of results, and the extension of a slide's file there."""
-
-SLIDE_ERRORS = (
-    UserError,
-    OSError,
-    MemoryError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    RuntimeError,
-    struct.error,
-    cv2.error,
-    openslide.OpenSlideError,
-)
-"""What a damaged or odd file can raise; it ends the slide and not the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from coords_file import fingerprint, read_attributes, read_coords, write_coords
 from grid import Grid, region_coords
-from jobs import SLIDE_ERRORS, Job, Outcome, optics_facts, optics_of, plan_facts, resolved_params
+from jobs import Job, Outcome, optics_facts, optics_of, plan_facts, resolved_params
 from magnification import Plan, plan
 from params import SlideParams
 from pictures import draw_mask, draw_stitch, save_jpeg
@@ -19,7 +19,7 @@ from slide import Slide
 from slides import open_slide
 from tissue import Scan, Tissue, find_tissue, scan_level
 
-from utils.errors import UserError
+from utils.errors import UserError, told
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,9 @@ def process(job: Job) -> Outcome:
     try:
         with open_slide(job.path) as slide:
             _process_open(slide, job, outcome)
-    except SLIDE_ERRORS as error:
+    except Exception as error:  # noqa: BLE001 - libraries raise whatever they like over odd files
         log.debug("%s", job.path, exc_info=True)
-        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        outcome.fail("failed", said)
+        outcome.fail("failed", told(error))
     return outcome
 
 

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from jobs import SLIDE_ERRORS, Job, optics_of
+from jobs import Job, optics_of
 from magnification import plan
 from slides import open_slide
+
+from utils.errors import told
 
 OPENERS = 8
 """Opening a slide waits for the disk or the network, not for the processor."""
@@ -32,8 +34,8 @@ def look(job: Job) -> Finding:
             power = f"{optics.objective_power:g}x" if optics.objective_power else "-"
             mpp = f"{optics.mpp:.4f}" if optics.mpp else "unknown"
             read = plan(optics, job.request)
-    except SLIDE_ERRORS as error:
-        return Finding(job.path.name, None, str(error))
+    except Exception as error:  # noqa: BLE001 - one odd file must not keep the others from being looked at
+        return Finding(job.path.name, None, told(error))
     size = f"{read.read_size_px} px"
     if read.target_size_px != read.read_size_px:
         size += f" to {read.target_size_px}"

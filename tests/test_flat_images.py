@@ -204,6 +204,32 @@ def test_tiles_put_into_a_file_of_rows_are_found_there(order, bottom_up, tmp_pat
     assert top == pixels[-1 if bottom_up else 0, 0].tobytes()
 
 
+@pytest.mark.parametrize(
+    ("entry", "mpp"),
+    [
+        (struct.pack("<HIf", 11, 1, 40_000.0), 0.25),
+        (struct.pack("<HII", 3, 1, 40_000), 0.25),
+        (struct.pack("<HI4s", 2, 3, b"96"), None),
+        (struct.pack("<HI4s", 1, 1, b"\5"), None),
+        (struct.pack("<HII", 3, 0, 0), None),
+        (struct.pack("<HIHH", 3, 2, 4, 5), None),
+    ],
+    ids=["float", "short", "text", "byte", "nothing", "two"],
+)
+def test_a_resolution_of_any_type_is_read_or_unknown(entry, mpp, tmp_path):
+    """In px per cm; the standard asks for a fraction."""
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, picture(), photometric="rgb", resolution=(9, 9), resolutionunit=3, metadata=None)
+    with tifffile.TiffFile(path) as file:
+        place = file.pages[0].tags["XResolution"].offset + 2
+    data = bytearray(path.read_bytes())
+    data[place : place + len(entry)] = entry
+    path.write_bytes(data)
+    with open_slide(path) as slide:
+        assert slide.mpp == mpp
+        np.testing.assert_array_equal(slide.read_region((0, 0), 0, SIZE), picture())
+
+
 def damaged(path: Path, how: str) -> None:
     data = bytearray(path.read_bytes())
     half = len(data) // 2

@@ -17,7 +17,9 @@ from PIL import Image
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "CLAM"))
 
+import one_slide
 import slide as slide_module
+import survey
 from batch import over_processes
 from create_patches_fp import main
 from params import SlideParams, find_preset, preset_names, read_preset
@@ -92,6 +94,23 @@ def test_bad_slides_are_reported_and_the_others_done(source, tmp_path, caplog):
     assert places == sorted(places)
     assert page.count("data:image/jpeg;base64") == 4
     assert "src='http" not in page
+
+
+def test_whatever_a_slide_raises_is_its_own_outcome(source, tmp_path, monkeypatch, caplog):
+    original = survey.open_slide
+
+    def odd(path):
+        if path.stem == "s1":
+            raise TypeError("odd metadata")
+        return original(path)
+
+    monkeypatch.setattr(survey, "open_slide", odd)
+    monkeypatch.setattr(one_slide, "open_slide", odd)
+    with caplog.at_level(logging.INFO):
+        assert run(source, tmp_path) == 1
+    assert [r["status"] for r in table(tmp_path).values()] == ["processed", "failed", "processed"]
+    assert table(tmp_path)["s1.png"]["reason"] == "TypeError: odd metadata"
+    assert "s1.png: TypeError: odd metadata" in caplog.text
 
 
 def test_on_error_fail_stops_at_the_first(source, tmp_path):
