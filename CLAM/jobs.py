@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,19 @@ class Outcome:
     def fail(self, status: str, reason: str) -> None:
         """Notes why there is no usable result, or an incomplete one."""
         self.status, self.reason, self.failed = status, reason, True
+
+
+def check_file_name(path: Path) -> None:
+    """Refuses a slide that no list could name.
+
+    Raises:
+        UserError: its name is not UTF-8.
+    """
+    name = os.fsencode(path.name)
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"its file name {name!r} is not UTF-8, as lists and results need it; rename the file") from None
 
 
 def optics_of(slide: Slide, mpp: float | None) -> Optics:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from coords_file import fingerprint, read_attributes, read_coords, write_coords
 from grid import Grid, region_coords
-from jobs import Job, Outcome, optics_facts, optics_of, plan_facts, resolved_params
+from jobs import Job, Outcome, check_file_name, optics_facts, optics_of, plan_facts, resolved_params
 from magnification import Plan, plan
 from params import SlideParams
 from pictures import draw_mask, draw_stitch, save_jpeg
@@ -45,6 +45,7 @@ def process(job: Job) -> Outcome:
     """Does the steps for one slide. What is wrong with the slide becomes its outcome, never an exception."""
     outcome = Outcome(job.path.name, "failed", params=job.params)
     try:
+        check_file_name(job.path)
         with open_slide(job.path) as slide:
             _process_open(slide, job, outcome)
     except Exception as error:  # noqa: BLE001 - libraries raise whatever they like over odd files

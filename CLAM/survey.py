@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from jobs import Job, optics_of
+from jobs import Job, check_file_name, optics_of
 from magnification import plan
 from slides import open_slide
 
@@ -29,6 +29,7 @@ class Finding:
 def look(job: Job) -> Finding:
     """Opens one slide and plans its reading, without reading pixels."""
     try:
+        check_file_name(job.path)
         with open_slide(job.path) as slide:
             optics = optics_of(slide, job.mpp)
             power = f"{optics.objective_power:g}x" if optics.objective_power else "-"

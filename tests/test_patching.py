@@ -350,6 +350,23 @@ def test_damaged_geojson_is_named(source, tmp_path, content):
     assert "s0.geojson" in row["reason"]
 
 
+def test_a_name_that_is_not_utf8_costs_that_slide_only(source, tmp_path):
+    name = os.fsdecode(b"M\xfcller.png")
+    try:
+        (source / "s1.png").rename(source / name)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names only")
+    assert run(source, tmp_path, "--stitch") == 1
+    rows = table(tmp_path)
+    assert {key: row["status"] for key, row in rows.items()} == {
+        "M\\udcfcller.png": "failed",
+        "s0.png": "processed",
+        "s2.png": "processed",
+    }
+    assert "b'M\\xfcller.png' is not UTF-8" in rows["M\\udcfcller.png"]["reason"]
+    assert "rename the file" in (tmp_path / "cohort.html").read_text(encoding="utf-8")
+
+
 def test_names_in_other_scripts_and_with_dots(source, tmp_path):
     (source / "s0.png").rename(source / "Gewebe Ä.組織.v2.png")
     assert run(source, tmp_path, "--stitch", "--geojson") == 0

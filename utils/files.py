@@ -32,9 +32,12 @@ def is_file_name(name: str) -> bool:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes ``text`` so that a reader sees the old file or the new one, never half of it."""
+    """Writes ``text`` so that a reader sees the old file or the new one, never half of it.
+
+    What UTF-8 cannot hold (other bytes in file names) is escaped, so that a report on such a file can be written.
+    """
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:
