@@ -2,7 +2,8 @@
 
     python CLAM/create_patches_fp.py --source SLIDES --save_dir OUT --mpp 0.5 --preset tcga --seg --patch --stitch
 
-Exit status: 0 all slides done, 1 some slide failed (see process_list_autogen.csv), 2 the options are at fault.
+Exit status: 0 all slides done, 1 some slide failed (see process_list_autogen.csv), 2 the options are at fault
+or the results cannot be written.
 """
 
 from __future__ import annotations
@@ -159,8 +160,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("Stopped before work, as --on_error fail asks: slides above cannot be read as asked.")
     shard = f"_{args.shard.replace('/', 'of')}" if args.shard else ""
     list_name, page_name = f"process_list_autogen{shard}.csv", f"cohort{shard}.html"
-    _prepare(args.save_dir, jobs, (list_name, page_name))
-    ledger = Ledger(args.save_dir / list_name, rows)
+    try:
+        _prepare(args.save_dir, jobs, (list_name, page_name))
+        ledger = Ledger(args.save_dir / list_name, rows)
+    except OSError as error:
+        raise UserError(f"--save_dir {args.save_dir}: cannot be written: {error}. Give another folder.") from error
     try:
         _work(jobs, todo, ledger, args)
     finally:
@@ -221,12 +225,15 @@ def _say(outcome: Outcome, place: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the options and runs; faults of the user end in a sentence and status 2."""
+    """Parses the options and runs; faults of the user or of the disk end in a sentence and status 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         return run(build_parser().parse_args(argv))
     except UserError as error:
         log.error("%s", error)
+        return 2
+    except OSError as error:
+        log.error("%s. Finished slides are kept; the same command continues.", error)
         return 2
 
 

@@ -23,7 +23,7 @@ import survey
 from batch import over_processes
 from create_patches_fp import main
 from params import SlideParams, find_preset, preset_names, read_preset
-from process_list import read_process_list
+from process_list import Ledger, read_process_list
 
 from utils.errors import UserError
 
@@ -276,6 +276,22 @@ def test_own_preset_and_options_over_it(source, tmp_path):
 def test_faults_of_the_user_end_with_a_sentence_and_status_2(source, tmp_path, caplog, options, message):
     assert run(source, tmp_path, *options) == 2
     assert message in caplog.text
+
+
+def test_an_output_folder_that_cannot_be_made_ends_with_a_sentence_and_status_2(source, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    assert run(source, tmp_path / "file" / "out") == 2
+    assert f"--save_dir {tmp_path / 'file' / 'out'}: cannot be written" in caplog.text
+
+
+def test_a_list_that_cannot_be_written_ends_with_a_sentence_and_status_2(source, tmp_path, caplog, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Ledger, "write_now_and_then", full)
+    assert run(source, tmp_path) == 2
+    assert "No space left on device" in caplog.text
+    assert "the same command continues" in caplog.text
 
 
 def test_patch_without_seg_and_slides_of_one_name(source, tmp_path, caplog):
