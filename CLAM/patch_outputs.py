@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +62,18 @@ class StoreOutput:
 
 
 class FolderOutput:
-    """``imgs/<slide>/<i>.jpg`` at the size that was read; a slide's folder appears when it is complete."""
+    """``imgs/<slide>/<i>.jpg`` at the size that was read; a slide's folder appears when it is complete.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: ``imgs``.
+        quality: of the JPEGs.
+        parameters: how they are made, as in a store's header.
+    """
+
+    def __init__(self, folder: Path, quality: int, parameters: Mapping[str, Any]) -> None:
         self.folder = folder
+        self.quality = quality
+        self.parameters = parameters
         self._in_work: set[Path] = set()
 
     def key(self, job: Job) -> int:
@@ -71,11 +83,17 @@ class FolderOutput:
     def _work_folder(self, job: Job) -> Path:
         return self.folder / f".{job.name}.{os.getpid()}.tmp"
 
+    def _made_as(self, job: Job, fingerprint: str) -> str:
+        """What a folder says of itself: the slide's fingerprint, then what a store's header says for all its slides."""
+        header = StoreHeader(image_size_px=self.key(job), jpeg_quality=self.quality, parameters=self.parameters)
+        return f"{fingerprint}\n{json.dumps(dataclasses.asdict(header), sort_keys=True)}\n"
+
     def is_done(self, job: Job, fingerprint: str) -> bool:
         try:
-            return (self.folder / job.name / ".fingerprint").read_text() == fingerprint
-        except OSError:
+            made_as = (self.folder / job.name / ".fingerprint").read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
             return False
+        return made_as == self._made_as(job, fingerprint)
 
     def begin(self, job: Job) -> None:
         for old in self.folder.glob(f".{glob.escape(job.name)}.*.tmp"):
@@ -88,7 +106,7 @@ class FolderOutput:
             (self._work_folder(job) / f"{index}.jpg").write_bytes(data)
 
     def finish(self, job: Job, coords_px: NDArray[np.int64], info: SlideInfo) -> None:
-        (self._work_folder(job) / ".fingerprint").write_text(info.fingerprint)
+        (self._work_folder(job) / ".fingerprint").write_text(self._made_as(job, info.fingerprint), encoding="utf-8")
         shutil.rmtree(self.folder / job.name, ignore_errors=True)
         os.replace(self._work_folder(job), self.folder / job.name)
         self._in_work.discard(self._work_folder(job))

@@ -35,6 +35,9 @@ log = logging.getLogger("save_patches")
 
 MIN_IMAGE_PX = 8
 
+PARAMETERS = {"resize": "bilinear, antialiased", "chroma": "4:2:0", "order": "rgb"}
+"""How images are made, beside their size and quality; part of what decides whether they are finished."""
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The published options and ours."""
@@ -136,7 +139,7 @@ def make_header(jobs: Sequence[Job], size_px: int, quality: int) -> StoreHeader:
         patch_size_px=common([job.patch_size_px for job in jobs]),
         image_size_px=size_px or natural[0],
         jpeg_quality=quality,
-        parameters={"resize": "bilinear, antialiased", "chroma": "4:2:0", "order": "rgb"},
+        parameters=PARAMETERS,
     )
 
 
@@ -165,7 +168,7 @@ def open_outputs(args: argparse.Namespace, plan: Plan, sizes: Sequence[int]) -> 
             for path, size in zip(store_paths(args.patch_dir, args.lmdb_name, sizes, args.shard), sizes, strict=True):
                 outputs.append(StoreOutput(path, make_header(plan.jobs, size, args.img_quality), size))
         if args.save_img:
-            outputs.append(FolderOutput(args.patch_dir / "imgs"))
+            outputs.append(FolderOutput(args.patch_dir / "imgs", args.img_quality, PARAMETERS))
     except UserError:
         for output in outputs:
             output.close()

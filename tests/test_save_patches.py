@@ -269,6 +269,24 @@ def test_jpeg_folders(cohort: Cohort) -> None:
     assert cohort.statuses() == {"a": "skipped"}
 
 
+def test_jpeg_folders_of_another_quality_are_written_anew(cohort: Cohort) -> None:
+    cohort.add("a.svs")
+    cohort.grid("a")
+    options = [option for option in cohort.options("--save_img") if option != "--save_lmdb"]
+    image = cohort.folder / "out" / "imgs" / "a" / "0.jpg"
+    sizes = []
+    for quality, status in ((80, "done"), (80, "skipped"), (10, "done")):
+        assert main([*options, "--img_quality", str(quality)]) == 0
+        assert cohort.statuses() == {"a": status}
+        sizes.append(image.stat().st_size)
+    assert sizes[2] < sizes[1] == sizes[0]
+    # Folders of older versions hold the slide's fingerprint only: nothing says how their images were made.
+    fingerprint = image.with_name(".fingerprint")
+    fingerprint.write_text(fingerprint.read_text().split("\n")[0])
+    assert main([*options, "--img_quality", "10"]) == 0
+    assert cohort.statuses() == {"a": "done"}
+
+
 def test_coordinates_of_trident_are_read(cohort: Cohort) -> None:
     cohort.add("a.svs")
     coords = np.array([[0, 0], [64, 64]])
