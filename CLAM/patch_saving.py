@@ -134,11 +134,19 @@ class Run:
 
     def _begin(self, job: Job) -> _Work | None:
         """Opens a slide's place in the outputs that lack it; None where there is nothing to do."""
+        if not job.count:
+            # Stored as done with 0 patches, nothing would say that the slide is missing.
+            self._fail(
+                job,
+                f"no patches: {job.h5} holds no coordinates; remove the slide from the list, or patch it again with "
+                "other segmentation parameters",
+            )
+            return None
         try:
             coords_px = job.coords_px()
             fingerprint = job.fingerprint(coords_px)
         except OSError as error:
-            self._note(Outcome(job.name, "failed", reason=str(error)), job.count)
+            self._fail(job, str(error), job.count)
             return None
         lacking = [o for o in self.outputs if not (self.settings.skip_done and o.is_done(job, fingerprint))]
         if not lacking:
@@ -147,9 +155,6 @@ class Run:
         work = _Work(job, coords_px, fingerprint, lacking, tasks_left=len(_cuts(job.count, self.settings.workers)))
         for output in lacking:
             output.begin(job)
-        if not job.count:
-            self._finish(work)
-            return None
         return work
 
     def _take(self, work: _Work, images: Images) -> None:
@@ -166,9 +171,7 @@ class Run:
         work.tasks_left -= 1
         if message.error is not None and not work.failed:
             work.failed = True
-            self._note(Outcome(work.job.name, "failed", reason=message.error), work.job.count - work.patches_taken)
-            if self.settings.stop_at_error:
-                raise UserError(f"slide {work.job.name} failed: {message.error}")
+            self._fail(work.job, message.error, work.job.count - work.patches_taken)
         if work.tasks_left == 0:
             self._drop(work) if work.failed else self._finish(work)
 
@@ -190,6 +193,11 @@ class Run:
             output.finish(job, work.coords_px, dataclasses.replace(info, mpp=mpp))
         reason = f"{len(work.blank)} unreadable regions left black" if work.blank else ""
         self._note(Outcome(job.name, "done", job.count, reason))
+
+    def _fail(self, job: Job, reason: str, patches_passed: int = 0) -> None:
+        self._note(Outcome(job.name, "failed", reason=reason), patches_passed)
+        if self.settings.stop_at_error:
+            raise UserError(f"slide {job.name} failed: {reason}")
 
     def _note(self, outcome: Outcome, patches_passed: int = 0) -> None:
         self.outcomes.append(outcome)

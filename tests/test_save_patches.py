@@ -210,13 +210,40 @@ def test_faulty_slides_do_not_stop_the_others(cohort: Cohort, caplog: pytest.Log
     (cohort.slides / "gone.svs").unlink()
     (cohort.slides / "junk.svs").write_bytes(b"II*\0 not a slide")
     assert cohort.run("--img_size", "16") == 1
-    expected_states = {"a": "done", "gone": "failed", "junk": "failed", "empty": "done", "z": "done"}
+    expected_states = {"a": "done", "gone": "failed", "junk": "failed", "empty": "failed", "z": "done"}
     assert cohort.statuses() == {**expected_states, "no_coords.svs": "no_coordinates"}
     assert "gone.svs" in caplog.text
     with PatchStore(cohort.folder / "out" / "data.lmdb") as store:
-        assert sorted(store.slides) == ["a", "empty", "z"]
+        assert sorted(store.slides) == ["a", "z"]
     assert cohort.run("--img_size", "16", "--on_error", "fail", out="other") == 2
     assert "failed" in cohort.statuses(out="other").values()
+
+
+def test_a_slide_without_coordinates_fails_and_leaves_what_is_stored(cohort: Cohort) -> None:
+    for name in "ab":
+        cohort.add(f"{name}.svs", seed=ord(name))
+        cohort.grid(name, columns=2 if name == "a" else 0)
+    assert cohort.run() == 1
+    assert cohort.statuses() == {"a": "done", "b": "failed"}
+    path, status = cohort.folder / "out" / "data.lmdb", cohort.folder / "out" / "data_status.csv"
+    assert PatchStore(path).slides == ["a"]
+    assert "no patches" in status.read_text()
+    assert "remove the slide from the list" in status.read_text()
+    before = stored(path, "a")
+    cohort.grid("a", columns=0)
+    assert cohort.run() == 1
+    assert cohort.statuses() == {"a": "failed", "b": "failed"}
+    assert stored(path, "a") == before
+    assert cohort.run("--on_error", "fail") == 2
+
+
+def test_on_error_fail_stops_at_a_slide_that_is_not_there(cohort: Cohort) -> None:
+    for name in "ab":
+        cohort.add(f"{name}.svs")
+        cohort.grid(name)
+    (cohort.slides / "a.svs").unlink()
+    assert cohort.run("--on_error", "fail") == 2
+    assert "b" not in cohort.statuses()
 
 
 def damage_tile(slide: Path) -> None:
