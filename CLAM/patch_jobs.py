@@ -86,7 +86,7 @@ def make_plan(csv_path: Path, h5_dir: Path, slide_dir: Path, slide_ext: str | No
 
     Raises:
         UserError: the list or a coordinates file cannot be used, no slide has coordinates, two slides
-        share a name, or a name leads out of the output folder.
+        share a name, a name leads out of the output folder, or ``slide_ext`` is not that of the slides.
     """
     folder = h5_dir / "patches" if (h5_dir / "patches").is_dir() else h5_dir
     jobs: list[Job] = []
@@ -115,7 +115,19 @@ def make_plan(csv_path: Path, h5_dir: Path, slide_dir: Path, slide_ext: str | No
     faults.raise_if_any()
     if not jobs:
         raise UserError(_nothing_found(csv_path, folder, skipped))
+    _check_extension(jobs, seen, slide_dir)
     return Plan(jobs, skipped)
+
+
+def _check_extension(jobs: list[Job], listed: dict[str, str], slide_dir: Path) -> None:
+    """Refuses a given extension with which no slide exists where the list's own names do."""
+    other = [j for j in jobs if not j.slide.is_file() and (slide_dir / listed[j.name]).is_file()]
+    if other:
+        own = listed[other[0].name]
+        raise UserError(
+            f"{len(other)} of {len(jobs)} slides: there is no {other[0].slide.name} in {slide_dir}, but {own}, as in "
+            f"the list. Leave --slide_ext out, or give --slide_ext {Path(own).suffix}."
+        )
 
 
 def _nothing_found(csv_path: Path, folder: Path, skipped: list[tuple[str, str]]) -> str:

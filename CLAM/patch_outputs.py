@@ -96,8 +96,10 @@ class FolderOutput:
         return made_as == self._made_as(job, fingerprint)
 
     def begin(self, job: Job) -> None:
-        for old in self.folder.glob(f".{glob.escape(job.name)}.*.tmp"):
-            shutil.rmtree(old, ignore_errors=True)
+        prefix = f".{job.name}."
+        for old in self.folder.glob(f"{glob.escape(prefix)}*.tmp"):
+            if old.name[len(prefix) : -len(".tmp")].isdigit():  # slide a.b may be at work beside slide a
+                shutil.rmtree(old, ignore_errors=True)
         self._work_folder(job).mkdir(parents=True)
         self._in_work.add(self._work_folder(job))
 

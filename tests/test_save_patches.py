@@ -296,6 +296,26 @@ def test_jpeg_folders(cohort: Cohort) -> None:
     assert cohort.statuses() == {"a": "skipped"}
 
 
+def test_left_over_work_folders_are_those_of_the_same_slide(cohort: Cohort) -> None:
+    cohort.add("a.svs")
+    cohort.grid("a")
+    images = cohort.folder / "out" / "imgs"
+    own, other = images / ".a.123.tmp", images / ".a.b.123.tmp"
+    own.mkdir(parents=True)
+    other.mkdir()
+    assert cohort.run("--save_img") == 0
+    assert (own.exists(), other.exists()) == (False, True)
+
+
+def test_an_extension_that_the_slides_do_not_have(cohort: Cohort, caplog: pytest.LogCaptureFixture) -> None:
+    cohort.add("a.png")
+    cohort.grid("a")
+    assert cohort.run("--slide_ext", ".svs") == 2
+    assert "1 of 1 slides: there is no a.svs" in caplog.text
+    assert "give --slide_ext .png" in caplog.text
+    assert cohort.run("--slide_ext", "png") == 0
+
+
 def test_jpeg_folders_of_another_quality_are_written_anew(cohort: Cohort) -> None:
     cohort.add("a.svs")
     cohort.grid("a")
