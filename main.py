@@ -15,7 +15,7 @@ from utils.dist import lost_peer, planned_processes, processes
 from utils.errors import UserError
 from utils.log import set_up_logging
 from utils.options import parse
-from utils.stop import FAULT, STATUS, Stopped, leave_mark
+from utils.stop import FAULT, STATUS, Stopped, leave_mark, says_first
 
 log = logging.getLogger("main")
 
@@ -83,7 +83,8 @@ def main(argv: Sequence[str]) -> int:
             )
         command(rest)
     except UserError as error:
-        log.error("error: %s", error)
+        if says_first(str(error)):
+            log.error("error: %s", error)
         leave_mark(FAULT)
         return FAULT
     except Stopped:

@@ -208,6 +208,15 @@ def test_main_tells_the_launcher_of_a_fault(tmp_path: Path, monkeypatch: pytest.
     assert (tmp_path / "mark").read_text() == "2\n"
 
 
+def test_a_fault_that_all_processes_find_is_said_once_and_last() -> None:
+    env = os.environ | {"PYTHON": sys.executable}
+    command = ["bash", str(ROOT / "train_dist.sh"), "2", "--inner_dimm=3", "--device=cpu"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.count("there is no option '--inner_dimm'") == 1
+    assert "there is no option '--inner_dimm'" in done.stderr.splitlines()[-1]
+
+
 def test_a_run_that_begins_anew_is_not_started_again(
     tiny: TinyCohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,9 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 MARK = "ABMILX_STOPPED_MARK"
 """Environment variable with the path of a file in which processes tell the launcher how they ended."""
+
+OTHERS_WAIT_S = 1.0
+"""How long other processes leave process 0 to say what is wrong."""
 
 RESTARTS = "ABMILX_RESTARTS"
 """Environment variable in which the launcher says how often it starts a run again whose processes die."""
@@ -79,3 +84,21 @@ def leave_mark(status: int = STATUS) -> None:
     if path:
         with open(path, "a", encoding="ascii") as file:
             file.write(f"{status}\n")
+
+
+def says_first(sentence: str) -> bool:
+    """Whether this process is to say what is wrong: not where another one on this machine has said the same.
+
+    Process 0 speaks at once, as its words go into the log file too; the others give it a moment.
+    """
+    path = os.environ.get(MARK)
+    if not path:
+        return True
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(OTHERS_WAIT_S)
+    said = Path(f"{path}.{hashlib.sha256(sentence.encode()).hexdigest()[:16]}")
+    try:
+        said.touch(exist_ok=os.environ.get("RANK", "0") == "0")
+    except FileExistsError:
+        return False
+    return True

@@ -7,6 +7,7 @@ run that was asked to stop and has saved, or another one for a failure; only fai
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -105,6 +106,8 @@ def _attempt(argv: list[str]) -> Ending:
     with tempfile.TemporaryDirectory() as folder:
         mark = Path(folder) / "mark"
         os.environ[MARK] = str(mark)
+        # Where the processes have said why they end, torch's table of their numbers would be the last word.
+        logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda _: not mark.exists())
         try:
             torchrun([f"--log-dir={folder}", *argv])
             return Ending()
