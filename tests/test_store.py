@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import pickle
 from pathlib import Path
 
@@ -189,6 +190,50 @@ def test_bad_files_get_a_sentence(tmp_path: Path) -> None:
     for name, message in cases.items():
         with pytest.raises(UserError, match=message):
             PatchStore(tmp_path / name)
+
+
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_file_that_was_cut_off_is_refused_not_read(folder: bool, tmp_path: Path) -> None:
+    path = write(tmp_path / "data.mdb", {"a": SLIDES["a"]})
+    given = tmp_path if folder else path
+    size = path.stat().st_size
+    os.truncate(path, size + 5000)
+    assert len(PatchStore(given).read("a", range(12))) == 12
+    for left in (size - 1, size // 2, 8192, 5000):
+        os.truncate(path, left)
+        with pytest.raises(UserError, match=rf"data\.mdb: is {size - left:,} bytes shorter than it says: a copy"):
+            PatchStore(given)
+        with pytest.raises(UserError, match="shorter than it says"):
+            StoreWriter(path, HEADER)
+
+
+def test_a_whole_file_may_end_before_its_last_page(tmp_path: Path) -> None:
+    """LMDB does not write pages at the end that were taken and freed within one transaction."""
+    short = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        path = write_published(tmp_path / f"{seed}.lmdb", {"a": SLIDES["a"]})
+        with lmdb.open(str(path), subdir=False, map_size=1 << 26, lock=False, sync=False) as env:
+            for _ in range(30):
+                with env.begin(write=True) as txn:
+                    for key in rng.integers(0, 600, rng.choice([5, 50, 300])):
+                        if rng.random() < 0.6:
+                            txn.put(b"x%d" % key, bytes(rng.choice([5, 2000, 10_000])))
+                        else:
+                            txn.delete(b"x%d" % key)
+                with env.begin() as txn:
+                    held = sum(len(value) for _, value in txn.cursor())
+                ends_early = path.stat().st_size < (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+                if ends_early:
+                    break
+        assert held
+        assert PatchStore(path).read("a", range(12)) == SLIDES["a"]
+        if ends_early:
+            short += 1
+            os.truncate(path, path.stat().st_size // 2)
+            with pytest.raises(UserError, match="shorter than it says"):
+                PatchStore(path)
+    assert short
 
 
 def test_shards_that_do_not_fit_are_refused(tmp_path: Path) -> None:

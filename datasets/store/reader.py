@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from datasets import jpeg
 from datasets.store import layout, safe_pickle
+from datasets.store.cut_off import check_length
 from datasets.store.layout import SlideInfo, StoreHeader
 from utils.errors import Faults, UserError, did_you_mean
 
@@ -49,8 +50,8 @@ class PatchStore:
         header: how the patches were made; None for files of the published program, which have none.
 
     Raises:
-        UserError: no such file, not an LMDB, no metadata (half-written), a slide in two shards, shards made
-            differently.
+        UserError: no such file, not an LMDB, cut off, no metadata (half-written), a slide in two shards, shards
+            made differently.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -247,6 +248,7 @@ def _open(file: Path) -> Any:
         except lmdb.Error as error:
             empty = " (it is empty)" if stat.st_size == 0 else ""
             raise UserError(f"{file}: not an LMDB file{empty}: {error}") from error
+        check_length(file, env)
         _OPEN[key] = env
     return env
 

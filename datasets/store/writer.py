@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.store import layout, safe_pickle
+from datasets.store.cut_off import check_length
 from datasets.store.layout import SlideInfo, StoreHeader
 from utils.errors import UserError
 
@@ -50,8 +51,8 @@ class StoreWriter:
         map_bytes: first size of the memory map (address space, not disk); doubled whenever it is full.
 
     Raises:
-        UserError: the file is in use by another writer, was made with another header or by another program,
-            or the disk is full (finished slides stay intact).
+        UserError: the file is in use by another writer, is cut off, was made with another header or by another
+            program, or the disk is full (finished slides stay intact).
     """
 
     def __init__(self, path: str | Path, header: StoreHeader, map_bytes: int = START_MAP_BYTES) -> None:
@@ -79,12 +80,14 @@ class StoreWriter:
         size = max(map_bytes, 2 * self.path.stat().st_size)
         try:
             # Exclusion is by our own lock, so no <name>-lock file is left beside the store.
-            return lmdb.open(str(self.path), subdir=False, map_size=size, lock=False, readahead=False, meminit=False)
+            env = lmdb.open(str(self.path), subdir=False, map_size=size, lock=False, readahead=False, meminit=False)
         except lmdb.Error as error:
             raise UserError(
                 f"{self.path}: cannot be opened for writing: {error}. Close its readers in this program, "
                 "or give another name if it is not an LMDB file."
             ) from error
+        check_length(self.path, env)
+        return env
 
     def _begin(self, header: StoreHeader) -> None:
         with self._env.begin() as txn:
