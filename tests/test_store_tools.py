@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -124,6 +127,49 @@ def test_verify_as_a_command_ends_with_status_1(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.count("slide 'a'") == 2
     assert "7 patches, 4 faults" in done.stdout
+
+
+VERIFY_ENDLESSLY = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from datasets.store import verify
+def wait(store, slide, start, stop):
+    if {dies} and slide == "b":
+        os._exit(9)
+    print(os.getpid(), flush=True)
+    time.sleep(0 if {dies} else 120)
+    return []
+verify._check_chunk = wait
+verify.verify({path!r}, 2)
+"""
+
+
+def start_verify(path: Path, dies: bool) -> subprocess.Popen[str]:
+    code = VERIFY_ENDLESSLY.format(root=str(Path(__file__).resolve().parents[1]), path=str(path), dies=dies)
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_processes_of_verify_end_with_it(number: signal.Signals, tmp_path: Path) -> None:
+    process = start_verify(write(tmp_path / "x.lmdb", SLIDES), dies=False)
+    assert process.stdout is not None
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(number)
+    try:
+        # Workers hold the same pipe, which ends with the last of them.
+        process.communicate(timeout=20)
+    except subprocess.TimeoutExpired:
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker, signal.SIGKILL)
+        raise
+    assert process.returncode == -number
+
+
+def test_a_process_of_verify_that_dies_is_a_sentence(tmp_path: Path) -> None:
+    told = start_verify(write(tmp_path / "x.lmdb", SLIDES), dies=True).communicate(timeout=60)[1]
+    assert "UserError" in told
+    assert "x.lmdb: one of 2 processes died before all patches were checked" in told
 
 
 def test_verify_reads_published_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from datasets import jpeg
 from datasets.store import layout, safe_pickle
 from datasets.store.reader import PatchStore
 from utils.errors import UserError
+from utils.parent import end_with_parent
 
 CHUNK_PATCHES = 1000
 BESIDE = (layout.info_key, layout.coords_key, layout.sums_key)
@@ -30,7 +32,7 @@ def verify(path: str | Path, workers: int = 1) -> Report:
     """Decodes every patch, over several processes.
 
     Raises:
-        UserError: the store cannot be opened at all.
+        UserError: the store cannot be opened at all, or a process died.
     """
     store = PatchStore(path)
     report = Report(patches=len(store), faults=list(_metadata_faults(store)))
@@ -38,11 +40,21 @@ def verify(path: str | Path, workers: int = 1) -> Report:
     if workers <= 1 or len(chunks) == 1:
         found = [_check_chunk(store, *chunk) for chunk in chunks]
     else:
-        with ProcessPoolExecutor(workers) as pool:
-            found = list(pool.map(_check_chunk, [store] * len(chunks), *zip(*chunks, strict=True)))
+        found = _over_processes(store, chunks, workers)
     for faults in found:
         report.faults += faults
     return report
+
+
+def _over_processes(store: PatchStore, chunks: list[tuple[str, int, int]], workers: int) -> list[list[str]]:
+    with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+        try:
+            return list(pool.map(_check_chunk, [store] * len(chunks), *zip(*chunks, strict=True)))
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{store.path}: one of {workers} processes died before all patches were checked. Was it killed, or out "
+                "of memory? Give fewer --workers."
+            ) from error
 
 
 def _chunks(store: PatchStore) -> Iterator[tuple[str, int, int]]:
