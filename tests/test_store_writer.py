@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import numpy as np
 import pytest
+from test_store import patches
 
 from datasets.store import PatchStore, SlideInfo, StoreHeader, StoreWriter, layout, writer
 from datasets.store.verify import verify
@@ -255,6 +257,68 @@ def test_killed_key_list_is_reported_and_completed(tmp_path: Path, monkeypatch: 
     assert any("__keys__" in fault for fault in verify(path).faults)
     StoreWriter(path, HEADER).close()
     assert not any("__keys__" in fault for fault in verify(path).faults)
+
+
+def key_faults(path: Path) -> list[str]:
+    return [fault for fault in verify(path).faults if "__keys__" in fault]
+
+
+@pytest.mark.parametrize("counts", [{"a": 9, "b": 11}, {"a": 10}], ids=["same sum", "same counts, another order"])
+@pytest.mark.parametrize("killed", [True, False])
+def test_key_list_follows_slides_that_are_written_anew(
+    counts: dict[str, int], killed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SMALL_KEY_LIST", 0)
+    path = tmp_path / "x.lmdb"
+    with StoreWriter(path, HEADER) as store:
+        for number, slide in enumerate("abc"):
+            store.put_slide(slide, fake_jpegs(number, 10))
+    child = os.fork()
+    if child == 0:
+        store = StoreWriter(path, HEADER)
+        for slide, count in counts.items():
+            store.put_slide(slide, fake_jpegs(7, count))
+        if not killed:
+            store.close()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert bool(key_faults(path)) == killed
+    StoreWriter(path, HEADER).close()
+    assert key_faults(path) == []
+
+
+@pytest.mark.parametrize(
+    ("step", "through", "left"),
+    [("finish", True, "ab"), ("finish", False, "a"), ("remove", True, ""), ("remove", False, "a")],
+)
+def test_ctrl_c_leaves_a_slide_in_the_store_or_out_of_it(
+    step: str, through: bool, left: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within the transaction, or while it is brought to disk: then it comes when the transaction is through."""
+    commit = StoreWriter._commit
+
+    def interrupted(self: StoreWriter, work: Callable[[Any], None]) -> None:
+        def stopped(txn: Any) -> None:
+            work(txn)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(StoreWriter, "_commit", commit)
+        commit(self, work if through else stopped)
+        raise KeyboardInterrupt
+
+    path, jpegs = tmp_path / "x.lmdb", patches(0, 5)
+    store = StoreWriter(path, StoreHeader(image_size_px=16))
+    store.put_slide("a", jpegs)
+    if step == "finish":
+        store.add("b", 0, jpegs)
+    monkeypatch.setattr(StoreWriter, "_commit", interrupted)
+    with pytest.raises(KeyboardInterrupt), store:
+        store.finish("b") if step == "finish" else store.remove("a")
+    assert PatchStore(path).counts == dict.fromkeys(store.finished, 5) == dict.fromkeys(left, 5)
+    assert verify(path).faults == []
+    with StoreWriter(path, StoreHeader(image_size_px=16)) as again:
+        again.put_slide("b", jpegs[:4])
+    assert verify(path).faults == []
 
 
 def test_what_a_stopped_run_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

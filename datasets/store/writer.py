@@ -66,6 +66,7 @@ class StoreWriter:
         self._buffer: list[tuple[bytes, bytes]] = []
         self._buffer_bytes = 0
         self._listed = 0
+        self._keys_lag = False
         self._failed = False
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _take_lock(self.path)
@@ -100,15 +101,14 @@ class StoreWriter:
             if old is not None:
                 self._continue(txn, old)
         if old is None:
-            self._commit(lambda txn: self._put_new(txn, header))
+            self._relist({}, {}, lambda txn: txn.put(layout.HEADER, layout.dump_record(header)))
         elif self.header != old:
             self._commit(lambda txn: txn.put(layout.HEADER, layout.dump_record(self.header)))
         for slide, count in json.loads(left or b"{}").items():
             log.info("%s: removing what a stopped run left of slide %s", self.path, slide)
             self._in_work[slide] = int(count)
             self.discard(slide)
-        if self._listed != sum(self._counts.values()):
-            self._commit(self._put_keys)
+        self._complete_keys()
 
     def _continue(self, txn: Any, old: StoreHeader) -> None:
         differences = self.header.differences(old)
@@ -124,29 +124,45 @@ class StoreWriter:
             info = txn.get(layout.info_key(slide))
             self.finished[slide] = layout.load_info(info) if info else SlideInfo(count=count)
         listed = txn.get(layout.LISTED)
-        self._listed = int(listed) if listed else -1
+        self._listed = int(listed) if listed else 0
+        # Stores of before 2026-11-23 keep the number while the list lags behind.
+        self._keys_lag = self._listed != sum(self._counts.values()) or not listed
 
-    def _put_new(self, txn: Any, header: StoreHeader) -> None:
-        txn.put(layout.HEADER, layout.dump_record(header))
-        self._put_metadata(txn)
-        self._put_keys(txn)
+    def _relist(self, counts: dict[str, int], in_work: dict[str, int], work: Callable[[Any], None]) -> None:
+        """Does ``work`` and changes the lists in one transaction; this object follows when that went through.
 
-    def _put_metadata(self, txn: Any) -> None:
-        total = sum(self._counts.values())
-        txn.put(layout.COUNTS, pickle.dumps(self._counts, protocol=4))
-        txn.put(layout.SLIDES, pickle.dumps(list(self._counts), protocol=4))
-        txn.put(layout.LEN, pickle.dumps(total, protocol=4))
-        if total <= SMALL_KEY_LIST or total >= KEY_LIST_GROWTH * self._listed:
-            self._put_keys(txn)
+        Args:
+            counts: patches per finished slide from then on.
+            in_work: slides in work from then on.
+            work: what else the transaction does.
+        """
+        total = sum(counts.values())
+        keys_too = total <= SMALL_KEY_LIST or total >= KEY_LIST_GROWTH * self._listed
 
-    def _put_keys(self, txn: Any) -> None:
-        total = sum(self._counts.values())
-        txn.put(layout.KEYS, layout.pickle_keys(self._counts.items()))
-        txn.put(layout.LISTED, b"%d" % total)
-        self._listed = total
+        def all_of_it(txn: Any) -> None:
+            work(txn)
+            txn.put(layout.COUNTS, pickle.dumps(counts, protocol=4))
+            txn.put(layout.SLIDES, pickle.dumps(list(counts), protocol=4))
+            txn.put(layout.LEN, pickle.dumps(total, protocol=4))
+            _put_pending(txn, in_work)
+            if keys_too:
+                _put_keys(txn, counts)
+            else:  # counts can change and their sum stay
+                txn.delete(layout.LISTED)
 
-    def _put_pending(self, txn: Any) -> None:
-        txn.put(layout.PENDING, json.dumps(self._in_work).encode())
+        before = self._env.info()["last_txnid"]
+        try:
+            self._commit(all_of_it)
+        finally:
+            # Ctrl-C comes out of a commit mostly when that is through, so the file says whether it is.
+            if self._env.info()["last_txnid"] != before:
+                self._counts, self._in_work = counts, in_work
+                self._listed, self._keys_lag = (total, False) if keys_too else (self._listed, True)
+
+    def _complete_keys(self) -> None:
+        if self._keys_lag:
+            self._commit(lambda txn: _put_keys(txn, self._counts))
+            self._listed, self._keys_lag = sum(self._counts.values()), False
 
     def _commit(self, work: Callable[[Any], None]) -> None:
         """Runs ``work`` in one transaction, all of it or nothing; doubles the map when it is full."""
@@ -217,7 +233,7 @@ class StoreWriter:
     def _put_buffer(self, txn: Any) -> None:
         for key, value in self._buffer:
             txn.put(key, value)
-        self._put_pending(txn)
+        _put_pending(txn, self._in_work)
 
     def _empty_buffer(self) -> None:
         self._buffer, self._buffer_bytes = [], 0
@@ -232,9 +248,6 @@ class StoreWriter:
         layout.check_name(slide)
         record = SlideInfo(**{**(info or SlideInfo()).__dict__, "count": count})
         sums = self._sums.get(slide, {})
-        before = dict(self._counts), dict(self._in_work), self._listed
-        self._counts[slide] = count
-        self._in_work.pop(slide, None)
 
         def work(txn: Any) -> None:
             self._put_buffer(txn)
@@ -242,25 +255,24 @@ class StoreWriter:
             txn.put(layout.sums_key(slide), np.array([sums[i] for i in range(count)], dtype="<u4").tobytes())
             if coords is not None:
                 txn.put(layout.coords_key(slide), np.ascontiguousarray(coords, dtype="<i8").tobytes())
-            self._put_metadata(txn)
 
         try:
-            self._commit(work)
-        except UserError:
-            self._counts, self._in_work, self._listed = before
-            raise
-        self._empty_buffer()
-        self._written.pop(slide, None)
-        self._sums.pop(slide, None)
-        self.finished[slide] = record
+            self._relist({**self._counts, slide: count}, _without(self._in_work, slide), work)
+        finally:
+            if slide in self._counts:
+                self._empty_buffer()
+                self._written.pop(slide, None)
+                self._sums.pop(slide, None)
+                self.finished[slide] = record
 
     def discard(self, slide: str) -> None:
         """Drops a slide in work: what was written of it is deleted."""
-        count = self._in_work.pop(slide, None)
+        count = self._in_work.get(slide)
         self._written.pop(slide, None)
         self._sums.pop(slide, None)
         if count is None:
             return
+        in_work = _without(self._in_work, slide)
         stems = {layout.patch_key(slide, index) for index in range(count)}
         kept = [(key, value) for key, value in self._buffer if key not in stems]
         self._buffer, self._buffer_bytes = kept, sum(len(value) for _, value in kept)
@@ -268,29 +280,30 @@ class StoreWriter:
         def work(txn: Any) -> None:
             for key in stems:
                 txn.delete(key)
-            self._put_pending(txn)
+            _put_pending(txn, in_work)
 
         self._commit(work)
+        self._in_work = in_work
 
     def remove(self, slide: str) -> None:
         """Removes a slide, finished or in work; does nothing where there is none."""
         self.discard(slide)
-        count = self._counts.pop(slide, None)
+        count = self._counts.get(slide)
         if count is None:
             return
-        self.finished.pop(slide, None)
-        # Unlisted in the same transaction as it becomes pending, so that a kill between the two steps leaves
-        # no orphan.
-        self._in_work[slide] = count
 
         def work(txn: Any) -> None:
             txn.delete(layout.info_key(slide))
             txn.delete(layout.sums_key(slide))
             txn.delete(layout.coords_key(slide))
-            self._put_metadata(txn)
-            self._put_pending(txn)
 
-        self._commit(work)
+        try:
+            # Unlisted in the same transaction as it becomes pending, so that a kill between the two steps leaves
+            # no orphan.
+            self._relist(_without(self._counts, slide), {**self._in_work, slide: count}, work)
+        finally:
+            if slide not in self._counts:
+                self.finished.pop(slide, None)
         self.discard(slide)
 
     def close(self) -> None:
@@ -299,8 +312,7 @@ class StoreWriter:
             if not self._failed:
                 for slide in list(self._in_work):
                     self.discard(slide)
-                if self._listed != sum(self._counts.values()):
-                    self._commit(self._put_keys)
+                self._complete_keys()
         finally:
             self._env.close()
             self._lock.close()
@@ -317,6 +329,19 @@ class StoreWriter:
         # The error under way says more than one from closing after it.
         with contextlib.suppress(UserError):
             self.close()
+
+
+def _put_keys(txn: Any, counts: dict[str, int]) -> None:
+    txn.put(layout.KEYS, layout.pickle_keys(counts.items()))
+    txn.put(layout.LISTED, b"%d" % sum(counts.values()))
+
+
+def _put_pending(txn: Any, in_work: dict[str, int]) -> None:
+    txn.put(layout.PENDING, json.dumps(in_work).encode())
+
+
+def _without(slides: dict[str, int], slide: str) -> dict[str, int]:
+    return {name: count for name, count in slides.items() if name != slide}
 
 
 def _take_lock(path: Path) -> IO[bytes]:
