@@ -18,7 +18,7 @@ from test_store import HEADER, patches, write, write_published
 
 from datasets import jpeg
 from datasets.store import PatchStore, SlideInfo, StoreHeader, StoreWriter
-from datasets.store.__main__ import main
+from datasets.store.__main__ import main, read_names
 from datasets.store.verify import verify
 from utils.errors import UserError
 
@@ -46,8 +46,52 @@ def test_merge_of_subsets_is_the_whole(tmp_path: Path) -> None:
     assert PatchStore(tmp_path / "back.lmdb").header == HEADER
 
 
+def test_the_same_command_again_copies_what_is_lacking(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = write(tmp_path / "one.lmdb", {"a": SLIDES["a"]})
+    command = ["merge", str(tmp_path / "x.lmdb"), str(one)]
+    assert main(command) == 0
+    assert "1 slides copied, 0 were there already" in capsys.readouterr().out
+    write(one, {"c": SLIDES["c"]})
+    assert main(command) == 0
+    assert "1 slides copied, 1 were there already" in capsys.readouterr().out
+    assert main(["subset", str(one), str(tmp_path / "x.lmdb"), "--slides", "c,c,a"]) == 0
+    assert "0 slides copied, 2 were there already" in capsys.readouterr().out
+    assert same(PatchStore(tmp_path / "x.lmdb"), PatchStore(one))
+
+
+@pytest.mark.parametrize(
+    ("count", "fingerprint", "shift", "seed"), [(3, "f", 0, 1), (4, "g", 0, 1), (4, "f", 1, 1), (4, "f", 0, 2)]
+)
+def test_another_slide_of_the_same_name_is_not_there_already(
+    count: int, fingerprint: str, shift: int, seed: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def put(count: int, fingerprint: str, shift: int, seed: int) -> None:
+        with StoreWriter(tmp_path / "one.lmdb", HEADER) as writer:
+            coords = np.full((count, 2), shift)
+            writer.put_slide("a", patches(seed, 4)[:count], coords, SlideInfo(fingerprint=fingerprint))
+            writer.put_slide("b", SLIDES["b"])
+
+    command = ["merge", str(tmp_path / "x.lmdb"), str(tmp_path / "one.lmdb")]
+    put(4, "f", 0, 1)
+    assert main(command) == main(command) == 0
+    put(count, fingerprint, shift, seed)
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert f"slide 'a': its 4 patches are not the {count} in" in told
+    assert "slide 'b'" not in told
+    assert PatchStore(tmp_path / "x.lmdb").read("a", range(4)) == patches(1, 4)
+    put(4, "f", 0, 1)
+    assert main(command) == 0
+
+
+def test_many_long_names_are_names() -> None:
+    names = [letter * 60 for letter in "abcde"]
+    assert read_names(",".join(names)) == names
+
+
 def test_published_files_become_stores_of_ours(tmp_path: Path) -> None:
     old = write_published(tmp_path / "old.lmdb", SLIDES)
+    assert main(["merge", str(tmp_path / "new.lmdb"), str(old)]) == 0
     assert main(["merge", str(tmp_path / "new.lmdb"), str(old)]) == 0
     new = PatchStore(tmp_path / "new.lmdb")
     assert new.header == StoreHeader(image_size_px=16)

@@ -49,9 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def read_names(text: str) -> list[str]:
     """Names from 'a,b' or from a text file."""
-    path = Path(text)
-    if path.is_file():
-        names = path.read_text(encoding="utf-8-sig").splitlines()
+    if os.path.isfile(text):  # not Path.is_file, which raises where the names together are too long for a path
+        names = Path(text).read_text(encoding="utf-8-sig").splitlines()
     else:
         names = text.split(",")
     return [name.strip() for name in names if name.strip()]
@@ -106,16 +105,19 @@ def run(args: argparse.Namespace) -> int:
     elif args.command == "verify":
         return show_verify(args.store, args.workers)
     elif args.command == "merge":
-        count = tools.merge(args.target, args.sources)
-        _say(f"{args.target}: {count} slides of {len(args.sources)} stores")
+        _say_copied(args.target, tools.merge(args.target, args.sources))
     elif args.command == "subset":
         if not args.slides:
             raise UserError("subset needs --slides: names, comma separated, or a text file with one a line.")
-        _say(f"{args.target}: {tools.subset(args.store, args.target, read_names(args.slides))} slides")
+        _say_copied(args.target, tools.subset(args.store, args.target, read_names(args.slides)))
     else:
         slides = read_names(args.slides) if args.slides else None
         _say(f"{args.target}: {tools.export(args.store, args.target, slides, args.layout)} slides")
     return 0
+
+
+def _say_copied(target: Path, done: tools.Copied) -> None:
+    _say(f"{target}: {done.copied} slides copied, {done.there} were there already")
 
 
 def _say(line: str) -> None:

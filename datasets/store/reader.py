@@ -150,6 +150,11 @@ class PatchStore:
             )
         return None if value is None else np.frombuffer(value, dtype="<u4")
 
+    def checksums(self, slide: str) -> NDArray[np.uint32] | None:
+        """(N,) CRC-32 of the patches' JPEGs; None where not stored."""
+        with self._transaction(self._number(slide)) as txn:
+            return self._checksums(txn, slide)
+
     def coords(self, slide: str) -> NDArray[np.int64] | None:
         """(N, 2) int64 upper left corners (x, y) in level-0 px, row i for patch i; None where not stored."""
         with self._transaction(self._number(slide)) as txn:

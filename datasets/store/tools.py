@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from datasets.store.layout import SlideInfo, StoreHeader
 from datasets.store.reader import PatchStore
@@ -19,11 +20,18 @@ READ_PATCHES = 256
 LAYOUTS = ("clam", "trident")
 
 
-def merge(target: Path, sources: Sequence[Path]) -> int:
-    """Copies all slides of several stores into one; gives the number of slides copied.
+class Copied(NamedTuple):
+    """How many slides were copied, and how many were in the target already."""
+
+    copied: int
+    there: int
+
+
+def merge(target: Path, sources: Sequence[Path]) -> Copied:
+    """Copies all slides of several stores into one.
 
     Raises:
-        UserError: the stores were made differently, or a slide is in two of them.
+        UserError: the stores were made differently, a slide is in two of them, or the target has another of its name.
     """
     stores = [PatchStore(source) for source in sources]
     faults = Faults(f"{target}: the stores cannot be merged")
@@ -36,18 +44,19 @@ def merge(target: Path, sources: Sequence[Path]) -> int:
                 faults.add(f"slide {slide!r} is in {owner[slide]} and in {store.path}")
             owner[slide] = store.path
     faults.raise_if_any()
-    return sum(copy_slides(store, target, store.slides) for store in stores)
+    return copy_slides([(store, store.slides) for store in stores], target)
 
 
-def subset(source: Path, target: Path, slides: Sequence[str]) -> int:
+def subset(source: Path, target: Path, slides: Sequence[str]) -> Copied:
     """Copies some slides into a store of their own.
 
     Raises:
-        UserError: a slide is not in the source; all that are missing are listed.
+        UserError: a slide is not in the source (all that are missing are listed), or the target has another of its
+            name.
     """
     store = PatchStore(source)
     check_slides(store, slides)
-    return copy_slides(store, target, slides)
+    return copy_slides([(store, list(dict.fromkeys(slides)))], target)
 
 
 def check_slides(store: PatchStore, slides: Iterable[str]) -> None:
@@ -73,17 +82,34 @@ def header_of(store: PatchStore) -> StoreHeader:
     return store.header or StoreHeader(image_size_px=store.image_size_px)
 
 
-def copy_slides(store: PatchStore, target: Path, slides: Sequence[str]) -> int:
-    """Copies slides that the target lacks, JPEGs as they are; continues where it was stopped."""
-    if any(file.resolve() == target.resolve() for file in store.files):
+def copy_slides(chosen: Sequence[tuple[PatchStore, Sequence[str]]], target: Path) -> Copied:
+    """Copies slides that the target lacks, JPEGs as they are; continues where it was stopped.
+
+    Raises:
+        UserError: the target has other slides of these names. It does not know where they are from, so they stay.
+    """
+    if any(file.resolve() == target.resolve() for store, _ in chosen for file in store.files):
         raise UserError(f"{target}: is also a source. Give another name for the result.")
-    with StoreWriter(target, header_of(store)) as writer:
-        for slide in slides:
-            if slide not in writer.finished:
-                info = store.info(slide) or SlideInfo()
-                writer.put_slide(slide, _jpegs(store, slide), store.coords(slide), info)
-                log.info("%s: %d patches of slide %s", target, store.counts[slide], slide)
-    return len(slides)
+    slides = [(store, slide) for store, names in chosen for slide in names]
+    header = functools.reduce(StoreHeader.merged, (header_of(store) for store, _ in chosen))
+    with StoreWriter(target, header) as writer:
+        lacking = [(store, slide) for store, slide in slides if slide not in writer.finished]
+        faults = Faults(f"{target}: has other slides of these names; remove it, or give another name for the result")
+        for store, slide in slides:
+            if slide in writer.finished and not _is_there(writer, store, slide):
+                had, has = writer.finished[slide].count, store.counts[slide]
+                faults.add(f"slide {slide!r}: its {had} patches are not the {has} in {store.path}")
+        faults.raise_if_any()
+        for store, slide in lacking:
+            writer.put_slide(slide, _jpegs(store, slide), store.coords(slide), store.info(slide))
+            log.info("%s: %d patches of slide %s", target, store.counts[slide], slide)
+    return Copied(len(lacking), len(slides) - len(lacking))
+
+
+def _is_there(writer: StoreWriter, store: PatchStore, slide: str) -> bool:
+    info = store.info(slide) or SlideInfo()
+    count = store.counts[slide]
+    return writer.holds(slide, count, info.fingerprint, store.coords(slide), store.checksums(slide))
 
 
 def _jpegs(store: PatchStore, slide: str) -> Iterator[bytes]:

@@ -254,7 +254,7 @@ class StoreWriter:
             txn.put(layout.info_key(slide), layout.dump_record(record))
             txn.put(layout.sums_key(slide), np.array([sums[i] for i in range(count)], dtype="<u4").tobytes())
             if coords is not None:
-                txn.put(layout.coords_key(slide), np.ascontiguousarray(coords, dtype="<i8").tobytes())
+                txn.put(layout.coords_key(slide), _coords_bytes(coords))
 
         try:
             self._relist({**self._counts, slide: count}, _without(self._in_work, slide), work)
@@ -264,6 +264,23 @@ class StoreWriter:
                 self._written.pop(slide, None)
                 self._sums.pop(slide, None)
                 self.finished[slide] = record
+
+    def holds(
+        self,
+        slide: str,
+        count: int,
+        fingerprint: str,
+        coords: NDArray[np.int64] | None,
+        sums: NDArray[np.uint32] | None,
+    ) -> bool:
+        """Whether a finished slide has these patches; checksums are compared where both are known."""
+        record = self.finished.get(slide)
+        if record is None or (record.count, record.fingerprint) != (count, fingerprint):
+            return False
+        with self._env.begin() as txn:
+            places, written = txn.get(layout.coords_key(slide)), txn.get(layout.sums_key(slide))
+        same = sums is None or written is None or written == sums.astype("<u4").tobytes()
+        return same and places == (None if coords is None else _coords_bytes(coords))
 
     def discard(self, slide: str) -> None:
         """Drops a slide in work: what was written of it is deleted."""
@@ -329,6 +346,10 @@ class StoreWriter:
         # The error under way says more than one from closing after it.
         with contextlib.suppress(UserError):
             self.close()
+
+
+def _coords_bytes(coords: NDArray[np.int64]) -> bytes:
+    return np.ascontiguousarray(coords, dtype="<i8").tobytes()
 
 
 def _put_keys(txn: Any, counts: dict[str, int]) -> None:
