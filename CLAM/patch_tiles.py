@@ -117,11 +117,11 @@ class JpegTiles:
         size = page.sizes[number]
         data = os.pread(self._fd, size, page.offsets[number]) if size else b""
         try:
-            tile = jpeg.decode(data[:2] + page.prefix + data[2:])
+            tile = jpeg.decode(
+                data[:2] + page.prefix + data[2:], out=np.empty((page.tile_height, page.tile_width, 3), np.uint8)
+            )
         except jpeg.JpegError as error:
             raise TileError(f"{self.path}: tile {number}: {error}") from error
-        if tile.shape != (page.tile_height, page.tile_width, 3):
-            raise TileError(f"{self.path}: tile {number} has {tile.shape[1]} x {tile.shape[0]} px")
         tile.flags.writeable = False
         return tile
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import struct
 import warnings
 from typing import Any, Protocol
 
@@ -22,6 +23,8 @@ log = logging.getLogger(__name__)
 
 ORDERS = ("rgb", "bgr")
 SHRINKS = (1, 2, 4, 8)
+FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+BARE_MARKERS = {0x01, *range(0xD0, 0xD8)}
 Image = NDArray[np.uint8]
 
 
@@ -129,8 +132,7 @@ class TorchvisionJpeg:
         return image
 
     def size(self, data: bytes) -> tuple[int, int]:
-        height, width = self._decode(data).shape[:2]
-        return height, width
+        return _size_in_header(data)
 
     def decode(self, data: bytes, bgr: bool, shrink: int) -> Image:
         image = self._decode(data)
@@ -143,6 +145,25 @@ class TorchvisionJpeg:
     def encode(self, image: Image, quality: int) -> bytes:
         tensor = self.torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         return bytes(self.io.encode_jpeg(tensor, quality=quality).numpy().tobytes())
+
+
+def _size_in_header(data: bytes) -> tuple[int, int]:
+    """(height, width) from the frame header; the markers before it say how long they are."""
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker in FRAME_MARKERS:
+            height, width = struct.unpack_from(">HH", data, place + 5)
+            return height, width
+        if marker in (0x00, 0xD8, 0xD9):
+            break
+        if marker == 0xFF:  # filling
+            place += 1
+        elif marker in BARE_MARKERS:
+            place += 2
+        else:
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    raise ValueError("no frame header")
 
 
 def _block_mean(image: Image, shrink: int) -> Image:
@@ -207,22 +228,25 @@ def decode(data: bytes, order: str = "rgb", out: Image | None = None, shrink: in
         (ceil(H / shrink), ceil(W / shrink), 3) uint8, C-contiguous unless it is ``out``.
 
     Raises:
-        JpegError: the data is not a JPEG, truncated or corrupt, or has another size than ``out``.
+        JpegError: the data is not a JPEG, truncated or corrupt, or has another size than ``out`` (it is not decoded
+            then: a few bytes can say that they are a gigapixel).
     """
     _check_order(order, shrink)
     _check(data)
     codec = backend()
     try:
-        if out is not None and shrink == 1 and out.flags.c_contiguous and codec.size(data) + (3,) == out.shape:
-            codec.decode_into(data, order == "bgr", out)
-            return out
+        if out is not None:
+            height, width = (-(-side // shrink) for side in codec.size(data))
+            if out.shape != (height, width, 3):
+                raise JpegError(f"the JPEG holds {height} x {width} px, not {out.shape[0]} x {out.shape[1]}")
+            if shrink == 1 and out.flags.c_contiguous:
+                codec.decode_into(data, order == "bgr", out)
+                return out
         image = codec.decode(data, order == "bgr", shrink)
     except (ValueError, OSError, RuntimeError, Warning) as error:
         raise JpegError(f"corrupt JPEG of {len(data)} bytes: {error}") from error
     if out is None:
         return image
-    if out.shape != image.shape:
-        raise JpegError(f"the JPEG holds {image.shape[0]} x {image.shape[1]} px, not {out.shape[0]} x {out.shape[1]}")
     out[...] = image
     return out
 

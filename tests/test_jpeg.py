@@ -107,6 +107,27 @@ def test_refuses_an_array_of_another_size(codec: str) -> None:
         jpeg.decode(jpeg.encode(gradient()), out=np.zeros((32, 64, 3), np.uint8))
 
 
+def of_claimed_size(side_px: int) -> bytes:
+    """A small JPEG whose header says that it is large."""
+    data = jpeg.encode(gradient())
+    sides = data.index(b"\xff\xc0") + 5
+    return data[:sides] + 2 * side_px.to_bytes(2, "big") + data[sides + 4 :]
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("shrink", [1, 2])
+def test_a_header_of_another_size_is_refused_before_decoding(
+    codec: str, shrink: int, contiguous: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = of_claimed_size(30_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # of the Pillow in the codec that stands in
+    monkeypatch.setattr(jpeg.backend(), "decode", lambda *_: pytest.fail("decoded"))
+    out = np.zeros((48, 64, 3), np.uint8)[:, :: 1 if contiguous else 2]
+    with pytest.raises(JpegError, match=f"{30_000 // shrink} x {30_000 // shrink} px, not 48 x"):
+        jpeg.decode(data, out=out, shrink=shrink)
+    assert jpeg.image_size(data) == (30_000, 30_000)
+
+
 @pytest.mark.parametrize("shrink", [2, 4, 8])
 def test_shrinking_is_a_mean_of_blocks_with_sides_rounded_up(codec: str, shrink: int) -> None:
     image = gradient(50, 66)
@@ -126,6 +147,7 @@ def test_shrinking_is_a_mean_of_blocks_with_sides_rounded_up(codec: str, shrink:
         (lambda d: b"", "not a JPEG: 0 bytes"),
         (lambda d: b"\x89PNG\r\n\x1a\n" + d, "not a JPEG"),
         (lambda d: d[:2] + b"\xff\xd9", "corrupt"),
+        (lambda d: d[:2] + b"\xff\x00" + d[2:20] + b"\xff\xd9", "corrupt"),
     ],
 )
 def test_bad_data_is_a_jpeg_error(codec: str, damage: object, message: str) -> None:

@@ -25,6 +25,7 @@ from slides import open_slide  # noqa: E402
 from test_save_patches import Cohort, texture  # noqa: E402
 
 from benchmarks.lmdb_writing import pyramid, write_pyramid  # noqa: E402
+from datasets import jpeg  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 
@@ -134,6 +135,16 @@ def test_damaged_tiles_are_errors(slide: Path) -> None:
     with pytest.raises(TileError, match="tile 0"):
         tiles.read((0, 0), 0, 64)
     assert tiles.read((64, 0), 0, 64).any()
+
+
+def test_a_tile_of_another_size_is_not_decoded(slide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = slide.read_bytes()
+    place = data.index(b"\xff\xc0") + 5
+    slide.write_bytes(data[:place] + 2 * (30_000).to_bytes(2, "big") + data[place + 4 :])
+    tiles = JpegTiles(slide, ((330, 250), (165, 125)))
+    monkeypatch.setattr(jpeg.backend(), "decode", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(TileError, match="tile 0: the JPEG holds 30000 x 30000 px, not 64 x 64"):
+        tiles.read((0, 0), 0, 64)
 
 
 @pytest.mark.parametrize(("side", "target"), [(256, 224), (100, 33), (64, 96), (7, 7)])

@@ -14,6 +14,7 @@ import h5py
 import lmdb
 import numpy as np
 import pytest
+from test_jpeg import of_claimed_size
 from test_store import HEADER, patches, write, write_published
 
 from datasets import jpeg
@@ -171,6 +172,19 @@ def test_verify_as_a_command_ends_with_status_1(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stdout.count("slide 'a'") == 2
     assert "7 patches, 4 faults" in done.stdout
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_verify_does_not_decode_what_says_to_be_large(
+    published: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [patches(0, 1)[0], of_claimed_size(30_000)]
+    path = (write_published if published else write)(tmp_path / "x.lmdb", {"a": images})
+    decoded = []
+    monkeypatch.setattr(jpeg, "decode", decoded.append)
+    limit = "more than 4096 a side" if published else "the header says 16"
+    assert verify(path).faults == [f"patch 1 of slide 'a' has 30000 x 30000 px, {limit}"]
+    assert decoded == images[:1]
 
 
 VERIFY_ENDLESSLY = """

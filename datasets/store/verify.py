@@ -16,6 +16,8 @@ from utils.errors import UserError
 from utils.parent import end_with_parent
 
 CHUNK_PATCHES = 1000
+MOST_UNKNOWN_PX = 4096
+"""Longest side of a patch in px where no header says it: a damaged one could claim any."""
 BESIDE = (layout.info_key, layout.coords_key, layout.sums_key)
 """Keys of what is stored beside the patches of a slide."""
 
@@ -76,11 +78,14 @@ def _check_patch(store: PatchStore, slide: str, index: int, expected_px: int | N
     except UserError as error:
         return str(error)
     try:
-        height, width = jpeg.decode(data).shape[:2]
+        height, width = jpeg.image_size(data)
+        if expected_px and (height, width) != (expected_px, expected_px):
+            return f"patch {index} of slide {slide!r} has {width} x {height} px, the header says {expected_px}"
+        if not expected_px and max(height, width) > MOST_UNKNOWN_PX:
+            return f"patch {index} of slide {slide!r} has {width} x {height} px, more than {MOST_UNKNOWN_PX} a side"
+        jpeg.decode(data)
     except jpeg.JpegError as error:
         return f"patch {index} of slide {slide!r}: {error}"
-    if expected_px and (height, width) != (expected_px, expected_px):
-        return f"patch {index} of slide {slide!r} has {width} x {height} px, the header says {expected_px}"
     return None
 
 
