@@ -8,6 +8,7 @@ import pickle
 import pickletools
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,32 @@ def test_hostile_stores_are_refused(where: str, tmp_path: Path) -> None:
 def test_other_content_is_refused_with_a_sentence(value: bytes) -> None:
     with pytest.raises(UserError):
         safe_pickle.unpack_bytes(value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"\x80\x04Nr\xff\xff\xff\x07.",
+        b"\x80\x04Np134217727\n.",
+        b"\x80\x05\x96" + (2**31).to_bytes(8, "little") + b".",
+        b"\x80\x04cnumpy\ndtype\nr\xff\xff\xff\x07.",
+        b"\x80\x04C\x02ab0Nr\xff\xff\xff\x07.",
+    ],
+)
+def test_a_few_bytes_do_not_take_gigabytes(value: bytes) -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="it says that there is more than there is"):
+            safe_pickle.unpack_bytes(value)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_sizes_of_sound_pickles_are_sound(protocol: int) -> None:
+    content = {"é\n": [b"x" * 300, 2.5, None, True, (1, 2**90)], "many": [f"name {i}" for i in range(400)]}
+    assert safe_pickle.load(pickle.dumps(content, protocol)) == content
 
 
 def test_state_cannot_change_the_stand_ins() -> None:
