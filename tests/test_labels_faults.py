@@ -84,6 +84,22 @@ def test_faults_of_the_csv(tmp_path: Path, text: str, part: str) -> None:
     assert part in fault(tmp_path, text)
 
 
+@pytest.mark.parametrize("word", ["NA", "n/a", "#N/A", "nan", "NaN", "None", "null"])
+@pytest.mark.parametrize("datasets", ["mine", "brca"])
+def test_words_for_nothing_are_no_class(tmp_path: Path, word: str, datasets: str) -> None:
+    message = fault(tmp_path, GOOD + f"p9,e,{word},train\n", "abcde", datasets=datasets)
+    assert f"row 6: the label is {word!r}, which counts as empty" in message
+    assert "outside the classes" not in message
+
+
+def test_labels_that_differ_in_spelling_only_are_no_classes(tmp_path: Path) -> None:
+    assert "the labels 'IDC' and 'idc' differ in spelling only" in fault(
+        tmp_path, GOOD.replace("c,IDC", "c,idc"), datasets="mine"
+    )
+    numbers = GOOD.replace("c,IDC", "c,1.0").replace("IDC", "1").replace("ILC", "2")
+    assert "the labels '1' and '1.0' differ in spelling only" in fault(tmp_path, numbers, datasets="mine")
+
+
 def test_missing_slides_come_with_counts_and_near_names(tmp_path: Path) -> None:
     message = fault(tmp_path, GOOD, ["A", "b", "cc", "d-1"])
     assert "3 of 4 rows (1 train, 2 test) name slides that are not among the 4 of the store" in message

@@ -70,6 +70,17 @@ def test_val_rows_by_default_and_the_published_meaning_of_zero(tmp_path: Path) -
     assert describe(zero)["folds"][0]["validation_equals_test"] is True
 
 
+def test_a_word_for_nothing_may_be_named_as_a_class(tmp_path: Path) -> None:
+    cohort = load(tmp_path, FOUR.replace("IDC", "None"), "abcde", datasets="mine", classes=("None", "ILC"))
+    assert targets(cohort) == [("a", 0), ("b", 1)]
+
+
+def test_a_class_without_training_rows_is_noted(tmp_path: Path) -> None:
+    cohort = load(tmp_path, FOUR, "abcde", datasets="mine", classes=("IDC", "ILC", "DCIS"))
+    assert any("No training row of any fold has the class DCIS" in note for note in cohort.notes)
+    assert not any("No training row" in note for note in load(tmp_path, FOUR, "abcde").notes)
+
+
 def test_two_columns_give_a_random_test_share(tmp_path: Path) -> None:
     text = "name,class\n" + "".join(f"s{i},{'IDC' if i % 4 else 'ILC'}\n" for i in range(40))
     slides = [f"s{i}" for i in range(40)]

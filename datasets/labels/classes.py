@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from datasets.labels.options import CLASS_NAMES, LabelOptions
@@ -11,6 +11,9 @@ from datasets.labels.table import Row, Table, rows_text
 from utils.errors import Faults, did_you_mean
 
 _INTEGER = re.compile(r"[+-]?\d+(\.0+)?")
+
+NO_LABEL = frozenset(("na", "n/a", "#n/a", "nan", "none", "null"))
+"""What spreadsheets and pandas write into an empty cell, whatever its case."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ def find_classes(tables: Sequence[Table], options: LabelOptions, faults: Faults)
 
     A label outside the classes and a number of classes that does not fit become faults.
     """
-    labels = sorted({row.label for table in tables for row in table.rows if row.label})
+    found = {row.label for table in tables for row in table.rows if row.label}
+    labels = sorted(label for label in found if not _says_nothing(label, options.classes))
     classes = _choose(labels, options, faults)
     for table in tables:
         _check_labels(table, classes, faults)
@@ -91,6 +95,12 @@ def _inferred(labels: list[str], options: LabelOptions, faults: Faults) -> Class
     if all(_integer(label) is not None for label in labels):
         labels = sorted(labels, key=lambda label: (_integer(label), label))
     names = tuple(labels)
+    for spellings in _same_but_for_spelling(names):
+        shown = " and ".join(repr(name) for name in spellings)
+        faults.add(
+            f"the labels {shown} differ in spelling only and would be classes of their own. Write them alike, or name "
+            "the classes in order with --classes."
+        )
     if options.n_classes not in (None, len(names)):
         faults.add(
             f"the csv holds {len(names)} classes ({', '.join(names[:10])}), but n_classes is "
@@ -109,12 +119,40 @@ def _check_labels(table: Table, classes: Classes, faults: Faults) -> None:
         if not label:
             faults.add(f"{where}: the label is empty. Fill it in or remove the row.")
             continue
+        if _says_nothing(label, classes.names):
+            faults.add(
+                f"{where}: the label is {label!r}, which counts as empty. Fill it in, remove the row, or name the "
+                "classes with --classes if it is one."
+            )
+            continue
         allowed = f"0 to {len(classes.names) - 1}" if classes.by_number else ", ".join(classes.names)
         faults.add(
             f"{where}: label {label!r} is outside the classes ({allowed})."
             f"{_like(label, classes.names)} Correct the csv, or name the classes in order with "
             "--classes."
         )
+
+
+def unlearnt(classes: Classes, trained: Collection[int]) -> tuple[str, ...]:
+    """A note on the classes without a training row; ``trained`` holds the positions of those with one."""
+    absent = [name for position, name in enumerate(classes.names) if position not in trained]
+    if not absent:
+        return ()
+    what, whose = ("class", "its output is") if len(absent) == 1 else ("classes", "their outputs are")
+    return (f"No training row of any fold has the {what} {', '.join(absent)}: {whose} never taught.",)
+
+
+def _says_nothing(label: str, names: Sequence[str]) -> bool:
+    """Whether a label cell stands for an empty one; a word that is the name of a class does not."""
+    return label.lower() in NO_LABEL and label.lower() not in {name.lower() for name in names}
+
+
+def _same_but_for_spelling(names: Sequence[str]) -> list[list[str]]:
+    """Names that differ in case only, or that are one number (1, 1.0)."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(_plain(name).lower(), []).append(name)
+    return [spellings for spellings in alike.values() if len(spellings) > 1]
 
 
 def _like(label: str, names: Sequence[str]) -> str:

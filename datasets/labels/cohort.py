@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from datasets.labels.classes import Classes, find_classes
+from datasets.labels.classes import Classes, find_classes, unlearnt
 from datasets.labels.folds import Draft, FoldBuilder
 from datasets.labels.match import Matcher, Matches
 from datasets.labels.options import LabelOptions
@@ -68,6 +68,8 @@ def load_cohort(options: LabelOptions, slides: Collection[str]) -> Cohort:
     builder = FoldBuilder(options, classes, faults)
     folds = tuple(builder.build(draft, matches[draft.table.name]) for draft in drafts)
     faults.raise_if_any()
+    if classes:
+        notes += unlearnt(classes, {int(sample.target["label"]) for fold in folds for sample in fold.train})
     notes += [*builder.notes, _bag_note(options, folds)]
     return _cohort(options, folds, classes, notes)
 
