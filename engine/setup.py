@@ -64,7 +64,8 @@ def prepare(config: Config) -> Setup:
     data = config.data
     positions = uses_positions(mil, config.model) or data.num_group_2d is not None
     sources = open_sources(data, encoder is not None, positions)
-    cohort = load_cohort(LabelOptions.from_config(data, config.model, config.train), sources.slides)
+    options = LabelOptions.from_config(data, config.model, config.train)
+    cohort = load_cohort(options, sources.slides, sources.absent)
     _check_outputs(config, cohort)
     check_task_options(config, cohort, mil)
     if encoder is None:

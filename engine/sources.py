@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets.instances import FeatureSource, PixelSource, Source
@@ -44,6 +44,7 @@ class Sources:
         width: width of a feature; None for pixels.
         slides: names that every training source and the test source hold, with their instance counts.
         fingerprints: short ids of the stores, for the records.
+        absent: the names that are left out -> what lacks them.
     """
 
     train: tuple[Source, ...]
@@ -52,6 +53,7 @@ class Sources:
     width: int | None
     slides: Mapping[str, int]
     fingerprints: dict[str, str]
+    absent: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_paths(data: DataConfig, pixels: bool, faults: Faults) -> None:
@@ -198,13 +200,16 @@ def _on(source: Source, grid: Grid) -> Source:
 def _pixel_sources(data: DataConfig, places: Mapping[str, Path]) -> Sources:
     train_roots, test_root = _roots(data)
     stores = {root: _open_store(places.get(root, Path(root))) for root in dict.fromkeys([*train_roots, test_root])}
+    empty = {root: _empty_slides(root, store) for root, store in stores.items()}
+    slides, absent = _in_all({root: store.counts for root, store in stores.items()}, test_root, empty)
     return Sources(
         train=tuple(PixelSource(stores[root], data.channel_order) for root in train_roots),
         test=PixelSource(stores[test_root], data.channel_order),
         stored_px=_common_size(data, {root: stores[root] for root in train_roots}),
         width=None,
-        slides=_in_all({root: _filled(root, store) for root, store in stores.items()}, test_root),
+        slides=slides,
         fingerprints={root: store.fingerprint for root, store in stores.items()},
+        absent=absent,
     )
 
 
@@ -217,13 +222,15 @@ def _feature_sources(data: DataConfig, places: Mapping[str, Path]) -> Sources:
     if len(set(widths.values())) > 1:
         listing = ", ".join(f"{root}: {width}" for root, width in widths.items())
         raise UserError(f"the feature folders differ in width ({listing}). Extract all with one encoder.")
+    slides, absent = _in_all({root: folder.counts for root, folder in folders.items()}, test_root, {})
     return Sources(
         train=tuple(FeatureSource(folders[root]) for root in train_roots),
         test=FeatureSource(folders[test_root]),
         stored_px=None,
         width=widths[test_root],
-        slides=_in_all({root: folder.counts for root, folder in folders.items()}, test_root),
+        slides=slides,
         fingerprints={root: folder.fingerprint for root, folder in folders.items()},
+        absent=absent,
     )
 
 
@@ -255,25 +262,54 @@ def _roots(data: DataConfig) -> tuple[list[str], str]:
     return [*low, high], data.dataset_test_root or high
 
 
-def _in_all(counts: Mapping[str, Mapping[str, int]], test_root: str) -> Mapping[str, int]:
-    """Slides that every source holds, with their instances in the test source; logs which ones are left out."""
-    names = [set(held) for held in counts.values()]
-    common = set.intersection(*names)
-    lacking = sorted(set.union(*names) - common)
-    if not lacking:
-        return counts[test_root]
-    log.info("%d slides are not in every store and count as missing, such as %s.", len(lacking), ", ".join(lacking[:3]))
-    return {slide: n for slide, n in counts[test_root].items() if slide in common}
+def _in_all(
+    counts: Mapping[str, Mapping[str, int]], test_root: str, empty: Mapping[str, Collection[str]]
+) -> tuple[Mapping[str, int], dict[str, str]]:
+    """Slides that every source holds, with their instances in the test source, and the others with what lacks them.
+
+    Args:
+        counts: instances per slide of every source.
+        test_root: the source whose numbers are wanted.
+        empty: slides of a source that have no instances there.
+
+    Raises:
+        UserError: no slide is in every source.
+    """
+    held = {root: set(slides) - set(empty.get(root, ())) for root, slides in counts.items()}
+    common = set.intersection(*held.values())
+    if not common:
+        listing = "; ".join(f"{root} holds {', '.join(sorted(names)[:3])}" for root, names in held.items())
+        raise UserError(
+            f"no slide is in every store ({listing}). Give stores of the same slides, under the same names."
+        )
+    absent = {slide: _lack(slide, counts, empty) for slide in sorted(set().union(*counts.values()) - common)}
+    if not absent:
+        return counts[test_root], {}
+    apart = [slide for slide in absent if not all(slide in slides for slides in counts.values())]
+    if apart:
+        such = "; ".join(f"{slide} is {absent[slide]}" for slide in apart[:3])
+        log.info("%d slides are not in every store and count as missing, such as: %s.", len(apart), such)
+    return {slide: n for slide, n in counts[test_root].items() if slide in common}, absent
 
 
-def _filled(root: str, store: PatchStore) -> Mapping[str, int]:
-    """Slides of a store that have patches, with their numbers; logs which ones have none."""
+def _lack(slide: str, counts: Mapping[str, Mapping[str, int]], empty: Mapping[str, Collection[str]]) -> str:
+    """What lacks a slide: 'not in low.lmdb'."""
+    found = [f"not in {root}" for root, slides in counts.items() if slide not in slides]
+    return ", ".join(found + [f"without patches in {root}" for root, slides in empty.items() if slide in slides])
+
+
+def _empty_slides(root: str, store: PatchStore) -> list[str]:
+    """Slides of a store that have no patches; logs them. Raises UserError where no slide has any."""
+    remedy = "Write patches into it with CLAM/save_patches.py, or correct the path."
+    if not store.slides:
+        raise UserError(f"the store {root} holds no slide. {remedy}")
     empty = sorted(slide for slide, n in store.counts.items() if n == 0)
-    if not empty:
-        return store.counts
-    such = ", ".join(empty[:3])
-    log.warning("%d slides of %s hold no patches and count as missing, such as %s.", len(empty), root, such)
-    return {slide: n for slide, n in store.counts.items() if n}
+    if len(empty) == len(store.slides):
+        raise UserError(f"the store {root} holds no patch: each of its {len(empty)} slides is empty. {remedy}")
+    if empty:
+        such = ", ".join(empty[:3])
+        log.warning("%d slides of %s hold no patches and count as missing, such as %s.", len(empty), root, such)
+    return empty
 
 
 def _open_store(root: Path) -> PatchStore:

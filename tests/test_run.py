@@ -15,7 +15,7 @@ from tiny import TinyCohort, make_tiny_cohort
 
 import main
 from datasets.jpeg import encode
-from datasets.store import PatchStore, StoreWriter
+from datasets.store import PatchStore, StoreWriter, tools
 
 ROOT = Path(main.__file__).parent
 ENCODER = "--model=e2e_timm:test_resnet_abmilx"
@@ -187,6 +187,35 @@ def test_slides_without_patches_count_as_missing(tiny, tmp_path, caplog):
     assert main.main(["check", *options]) == 2
     assert "hold no patches and count as missing, such as P18-0" in caplog.text
     assert main.main(["check", *options, "--missing=drop"]) == 0
+
+
+def test_a_slide_that_one_store_lacks_is_named_with_that_store(tiny, tmp_path, caplog):
+    low = tmp_path / "low.lmdb"
+    tools.subset(tiny.low, low, [slide for slide in PatchStore(tiny.low).slides if slide != "P18-0"])
+    options = tiny.options("--mul_scale_input", f"--dataset_sub_root={low}", f"--output_path={tmp_path}")
+    assert main.main(["check", *options]) == 2
+    assert f"such as: P18-0 is not in {low}." in caplog.text
+    assert f"'P18-0' (not in {low})" in caplog.text
+
+
+def test_an_empty_store_is_called_empty(tiny, tmp_path, caplog):
+    empty = tmp_path / "empty.lmdb"
+    with StoreWriter(empty, dataclasses.replace(PatchStore(tiny.low).header, image_size_px=16)):
+        pass
+    for change in (["--mul_scale_input", f"--dataset_sub_root={empty}"], [f"--dataset_root={empty}"]):
+        caplog.clear()
+        assert main.main(["check", *tiny.options(*change), f"--output_path={tmp_path}"]) == 2
+        assert f"the store {empty} holds no slide. Write patches" in caplog.text
+        assert "different size" not in caplog.text
+        assert "not among" not in caplog.text
+
+
+def test_stores_without_a_common_slide_are_refused(tiny, tmp_path, caplog):
+    tools.subset(tiny.low, tmp_path / "low.lmdb", ["P00-0"])
+    tools.subset(tiny.high, tmp_path / "high.lmdb", ["P01-0"])
+    roots = [f"--dataset_sub_root={tmp_path / 'low.lmdb'}", f"--dataset_root={tmp_path / 'high.lmdb'}"]
+    assert main.main(["check", *tiny.options("--mul_scale_input", *roots), f"--output_path={tmp_path}"]) == 2
+    assert "no slide is in every store" in caplog.text
 
 
 def test_n_classes_of_a_published_task_is_not_used(tiny, tmp_path, caplog):

@@ -230,6 +230,11 @@ def test_a_process_of_verify_that_dies_is_a_sentence(tmp_path: Path) -> None:
     assert "x.lmdb: one of 2 processes died before all patches were checked" in told
 
 
+def test_verify_of_an_empty_store_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(write(tmp_path / "x.lmdb", {})), "--workers=1"]) == 1
+    assert "the store holds no slide" in capsys.readouterr().out
+
+
 def test_verify_reads_published_files(tmp_path: Path) -> None:
     assert verify(write_published(tmp_path / "old.lmdb", SLIDES)).faults == []
 

@@ -7,7 +7,7 @@ before slides are looked up, so folds depend on the csv alone and not on which s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from datasets.labels.classes import Classes, find_classes, unlearnt
@@ -33,12 +33,13 @@ UNIT_NOTES = {
 """What is said of the targets of a task without classes."""
 
 
-def load_cohort(options: LabelOptions, slides: Collection[str]) -> Cohort:
+def load_cohort(options: LabelOptions, slides: Collection[str], absent: Mapping[str, str] | None = None) -> Cohort:
     """Reads the label files and joins them with the slides of a store or feature folder.
 
     Args:
         options: how to read.
         slides: names of the slides that can be read, in every store that the run needs.
+        absent: names of slides that only some of these stores hold -> the words for it, such as "not in low.lmdb".
 
     Returns:
         The folds fold_start .. cv_fold - 1, checked; ``notes`` must be logged.
@@ -63,7 +64,7 @@ def load_cohort(options: LabelOptions, slides: Collection[str]) -> Cohort:
             check_values(table, faults)
     drafts = _divide(options, by_fold, faults)
     notes += [note for draft in drafts for note in draft.rows.notes]
-    matches, said = _match(options, tables, slides, faults)
+    matches, said = _match(options, tables, Matcher(slides, absent or {}), faults)
     notes += said
     builder = FoldBuilder(options, classes, faults)
     folds = tuple(builder.build(draft, matches[draft.table.name]) for draft in drafts)
@@ -122,10 +123,9 @@ def _divide(options: LabelOptions, by_fold: dict[int, Table], faults: Faults) ->
 
 
 def _match(
-    options: LabelOptions, tables: Iterable[Table], slides: Collection[str], faults: Faults
+    options: LabelOptions, tables: Iterable[Table], matcher: Matcher, faults: Faults
 ) -> tuple[dict[str, Matches], list[str]]:
     """What each csv's rows match, and the sentences about it."""
-    matcher = Matcher(slides)
     found: dict[str, Matches] = {}
     notes: list[str] = []
     for table in tables:
@@ -148,13 +148,17 @@ def _missing_text(table: Table, matches: Matches, matcher: Matcher) -> str:
     names = [(row.number, name) for row in rows for name in matches.missing[row.number]]
     shown = "; ".join(_near_text(number, name, matcher) for number, name in names[:MOST_NAMES])
     more = f"; and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    whole = "that can be read" if matcher.absent else "of the store"
     return (
         f"{table.name}: {len(rows)} of {len(table.rows)} rows{f' ({per_split})' if per_split else ''} name "
-        f"slides that are not among the {len(matcher.names)} of the store: {shown}{more}."
+        f"slides that are not among the {len(matcher.names)} {whole}: {shown}{more}."
     )
 
 
 def _near_text(number: int, name: str, matcher: Matcher) -> str:
+    absence = matcher.absence(name)
+    if absence:
+        return f"row {number} {name!r} ({absence})"
     close = matcher.near(name)
     return f"row {number} {name!r}" + (f" (closest: {', '.join(repr(c) for c in close)})" if close else "")
 

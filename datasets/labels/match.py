@@ -11,7 +11,7 @@ A name that fits several slides, and a slide that fits the IDs of several patien
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
@@ -51,9 +51,10 @@ class Matches:
 
 
 class Matcher:
-    """Looks names up among the slides of a store."""
+    """Looks names up among the slides of a store; ``absent`` are slides that it should hold, with what lacks them."""
 
-    def __init__(self, slides: Collection[str]) -> None:
+    def __init__(self, slides: Collection[str], absent: Mapping[str, str] | None = None) -> None:
+        self.absent = absent or {}
         self.names = sorted(slides)
         self.known = set(self.names)
         self.by_stem: dict[str, list[str]] = {}
@@ -133,6 +134,12 @@ class Matcher:
                         f"{table}: slide {slide!r} is meant by {first.id!r} (row {first.number}) and by "
                         f"{row.id!r} (row {row.number}). Name each slide once."
                     )
+
+    def absence(self, name: str) -> str:
+        """What lacks the slides that a missing name means: 'not in low.lmdb', or nothing where it is not known."""
+        others = Matcher(self.absent)
+        found = others.by_stem.get(stem(name)) or others._of_barcode(name)
+        return "; ".join(dict.fromkeys(self.absent[slide] for slide in found))
 
     def near(self, name: str) -> list[str]:
         """Up to three like names: but for case, zeros in front or a longer end, or alike in spelling."""

@@ -90,7 +90,9 @@ def _check_patch(store: PatchStore, slide: str, index: int, expected_px: int | N
 
 
 def _metadata_faults(store: PatchStore) -> Iterator[str]:
-    """Lists that disagree, coordinates of another length, and patches that no list mentions."""
+    """No slide at all, lists that disagree, coordinates of another length, and patches that no list mentions."""
+    if not store.slides:
+        yield f"{store.path}: the store holds no slide. Write patches into it with CLAM/save_patches.py"
     for slide in store.slides:
         try:
             store.coords(slide)
