@@ -32,6 +32,11 @@ PLACES = (("pt_files", ".pt"), ("h5_files", ".h5"), (".", ".pt"), (".", ".h5"))
 MOST_MAPPED = 16384
 """Files that stay mapped; a process may have 65,530 mappings by default."""
 
+STORES_NEED = (
+    "A store of patches goes with a model that reads patches, --model=e2e_<encoder>_<mil>; a model without e2e_ needs "
+    "a folder of features."
+)
+
 DAMAGED = (
     RuntimeError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, struct.error,
     pickle.UnpicklingError,
@@ -135,6 +140,12 @@ def _load_pt(path: Path) -> Any:
         raise UserError(f"{path}: is not a tensor file that can be read safely: {reason}") from error
 
 
+def _if_store(folder: Path) -> str:
+    """What to do with a folder of stores, or nothing."""
+    shards = [path for path in folder.iterdir() if path.suffix in (".lmdb", ".mdb")]
+    return f" It holds {shards[0].name}. {STORES_NEED}" if shards else ""
+
+
 class FeatureFolder:
     """The features of many slides: a folder with ``pt_files/`` or ``h5_files/``, or the files themselves.
 
@@ -148,6 +159,8 @@ class FeatureFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.is_file():
+            raise UserError(f"{self.path}: is a file, and features lie in a folder. {STORES_NEED}")
         if not self.path.is_dir():
             raise UserError(f"{self.path}: there is no such feature folder.")
         for folder, suffix in PLACES:
@@ -157,7 +170,7 @@ class FeatureFolder:
         else:
             raise UserError(
                 f"{self.path}: holds no features. Expected pt_files/*.pt, h5_files/*.h5, or "
-                "such files in the folder itself."
+                f"such files in the folder itself.{_if_store(self.path)}"
             )
         self._files = {file.stem: file for file in files}
         self.slides = list(self._files)

@@ -118,6 +118,10 @@ def test_folders_without_features_say_what_is_expected(tmp_path: Path) -> None:
         FeatureFolder(tmp_path)
     with pytest.raises(UserError, match="no such feature folder"):
         FeatureFolder(tmp_path / "nowhere")
+    (tmp_path / "high.lmdb").touch()
+    for path, what in ((tmp_path / "high.lmdb", "is a file, and features lie in a folder"), (tmp_path, "no features")):
+        with pytest.raises(UserError, match=rf"{what}.*--model=e2e_<encoder>_<mil>"):
+            FeatureFolder(path)
     write_pt(tmp_path / "slide-01.pt", VALUES)
     with pytest.raises(UserError, match="Did you mean 'slide-01'"):
         FeatureFolder(tmp_path).read("slide-1")
