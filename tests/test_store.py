@@ -188,8 +188,23 @@ def test_bad_files_get_a_sentence(tmp_path: Path) -> None:
         "hlaf.lmdb": r"no such store .* Did you mean 'half.lmdb'",
     }
     for name, message in cases.items():
-        with pytest.raises(UserError, match=message):
+        with pytest.raises(UserError, match=message) as caught:
             PatchStore(tmp_path / name)
+        assert str(caught.value).count(str(tmp_path)) == 1
+
+
+def test_a_file_that_is_no_store_gets_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "four.csv"
+    path.write_text("case,slide,label,fold\n")
+    with pytest.raises(UserError, match=r"four.csv: is not an LMDB file, so no store of patches. Give the store that"):
+        PatchStore(path)
+
+    def refuse(name: str, **_: object) -> None:
+        raise lmdb.Error(f"{name}: Too many open files")
+
+    monkeypatch.setattr("datasets.store.reader.lmdb.open", refuse)
+    with pytest.raises(UserError, match=r"four.csv: cannot be opened as an LMDB file: Too many open files\.$"):
+        PatchStore(path)
 
 
 @pytest.mark.parametrize("folder", [True, False])

@@ -251,11 +251,17 @@ def _open(file: Path) -> Any:
         try:
             env = lmdb.open(str(file), subdir=False, readonly=True, lock=False, readahead=False, max_spare_txns=1)
         except lmdb.Error as error:
-            empty = " (it is empty)" if stat.st_size == 0 else ""
-            raise UserError(f"{file}: not an LMDB file{empty}: {error}") from error
+            raise UserError(f"{file}: {_why_not_opened(error, file, stat.st_size)}") from error
         check_length(file, env)
         _OPEN[key] = env
     return env
+
+
+def _why_not_opened(error: lmdb.Error, file: Path, size_bytes: int) -> str:
+    if size_bytes and not isinstance(error, lmdb.InvalidError):
+        return f"cannot be opened as an LMDB file: {str(error).removeprefix(f'{file}: ')}."
+    empty = " (it is empty)" if not size_bytes else ""
+    return f"is not an LMDB file{empty}, so no store of patches. Give the store that CLAM/save_patches.py wrote."
 
 
 def _in_file(file: Path, load: Callable[[], T]) -> T:
