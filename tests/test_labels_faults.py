@@ -109,6 +109,23 @@ def test_missing_slides_come_with_counts_and_near_names(tmp_path: Path) -> None:
     assert "'7' (closest: '007')" in numbers
 
 
+@pytest.mark.parametrize(
+    ("cell", "slide", "hint"),
+    [
+        ("1", "001", "The leading zeros were lost ('1' for '001'), as spreadsheets do: make the column text."),
+        ("1.0", "001.svs", "The leading zeros were lost ('1.0' for '001.svs')"),
+        ("1.0", "1", "Names were turned into numbers ('1.0' for '1'), as spreadsheets do: make the column text."),
+        ("1", "10", ""),
+        ("001", "1", ""),
+        ("A1", "A01", ""),
+    ],
+)
+def test_names_that_a_spreadsheet_took_for_numbers(tmp_path: Path, cell: str, slide: str, hint: str) -> None:
+    message = fault(tmp_path, GOOD.replace(",a,", f",{cell},"), [slide, "b", "c", "d"])
+    assert f"row 2 {cell!r}" in message
+    assert hint in message if hint else "spreadsheets" not in message
+
+
 def test_dropping_a_whole_split_is_a_fault(tmp_path: Path) -> None:
     message = fault(tmp_path, GOOD, "ab", missing="drop")
     assert "none of the 2 rows of the test set has a slide in the store" in message

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets.labels.classes import Classes, find_classes, unlearnt
 from datasets.labels.folds import Draft, FoldBuilder
-from datasets.labels.match import Matcher, Matches
+from datasets.labels.match import Matcher, Matches, stem
 from datasets.labels.options import LabelOptions
 from datasets.labels.splits import check_split, kfold, own_split
 from datasets.labels.survival_bins import bin_names
@@ -152,7 +152,19 @@ def _missing_text(table: Table, matches: Matches, matcher: Matcher) -> str:
     return (
         f"{table.name}: {len(rows)} of {len(table.rows)} rows{f' ({per_split})' if per_split else ''} name "
         f"slides that are not among the {len(matcher.names)} {whole}: {shown}{more}."
+        f"{_spreadsheet_hint([name for _, name in names], matcher)}"
     )
+
+
+def _spreadsheet_hint(names: list[str], matcher: Matcher) -> str:
+    """What became of names that are slides but for zeros in front or '.0' behind, or nothing."""
+    pairs = [(name, slide) for name in names for slide in matcher.as_number(name)[:1]]
+    if not pairs:
+        return ""
+    zeros = any(stem(slide).startswith("0") for _, slide in pairs)
+    what = "The leading zeros were lost" if zeros else "Names were turned into numbers"
+    name, slide = pairs[0]
+    return f" {what} ({name!r} for {slide!r}), as spreadsheets do: make the column text."
 
 
 def _near_text(number: int, name: str, matcher: Matcher) -> str:

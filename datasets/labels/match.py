@@ -10,6 +10,7 @@ A name that fits several slides, and a slide that fits the IDs of several patien
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ EXTENSIONS = (
 )  # fmt: skip
 """Endings of slide and feature files that do not belong to a slide's name."""
 
+_NUMBER = re.compile(r"0*(\d+?)(\.0+)?")
+
 
 def stem(name: str) -> str:
     """``name`` without a known file extension; other dots stay (TCGA names hold one).
@@ -33,6 +36,16 @@ def stem(name: str) -> str:
     """
     lower = name.lower()
     return next((name[: -len(end)] for end in EXTENSIONS if lower.endswith(end) and len(name) > len(end)), name)
+
+
+def _digits(name: str) -> str | None:
+    """What a spreadsheet leaves of a name that it takes for a whole number, else None.
+
+    >>> _digits("007"), _digits("7.0"), _digits("S7")
+    ('7', '7', None)
+    """
+    match = _NUMBER.fullmatch(stem(name))
+    return match.group(1) if match else None
 
 
 @dataclass
@@ -58,8 +71,12 @@ class Matcher:
         self.names = sorted(slides)
         self.known = set(self.names)
         self.by_stem: dict[str, list[str]] = {}
+        self.by_digits: dict[str, list[str]] = {}
         for name in self.names:
             self.by_stem.setdefault(stem(name), []).append(name)
+            digits = _digits(name)
+            if digits is not None:
+                self.by_digits.setdefault(digits, []).append(name)
 
     def match(self, table_name: str, rows: Sequence[Row], faults: Faults) -> Matches:
         """Slides of every row; ambiguities go into ``faults``, missing names into the result."""
@@ -141,12 +158,18 @@ class Matcher:
         found = others.by_stem.get(stem(name)) or others._of_barcode(name)
         return "; ".join(dict.fromkeys(self.absent[slide] for slide in found))
 
+    def as_number(self, name: str) -> list[str]:
+        """Slides whose name a spreadsheet turns into ``name`` (001 into 1 or 1.0)."""
+        digits = _digits(name)
+        return self.by_digits.get(digits, []) if digits and name.removesuffix(".0") == digits else []
+
     def near(self, name: str) -> list[str]:
         """Up to three like names: but for case, zeros in front or a longer end, or alike in spelling."""
         plain = stem(name).lower().lstrip("0")
         alike = [n for n in self.names if stem(n).lower().lstrip("0") == plain]
         starts = [n for n in self.names if n.startswith(stem(name)) or (len(n) > 3 and name.startswith(n))]
-        return list(dict.fromkeys(alike + starts))[:3] or get_close_matches(name, self.names, n=3, cutoff=0.8)
+        best = list(dict.fromkeys(self.as_number(name) + alike + starts))[:3]
+        return best or get_close_matches(name, self.names, n=3, cutoff=0.8)
 
 
 def _rule_notes(table: str, rules: dict[str, int]) -> list[str]:
