@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.options import parse
+from utils.options import ALIASES, FIELDS, parse
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -79,3 +79,28 @@ def test_the_published_survival_recipes_train_on_the_published_bins(recipe: str)
 def test_published_script_modes(published: str, ours: str) -> None:
     config, _ = parse([f"--script_mode={published}"])
     assert config.run.script_mode == ours
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--lerning_rate=1", "Did you mean 'lr'?"),
+        ("--learning-rate=1", "Did you mean 'lr'?"),
+        ("--epochs=3", "Did you mean 'num_epoch'?"),
+        ("--batch=3", "Did you mean 'batch_size'?"),
+        ("--output=x", "Did you mean 'output_path'?"),
+        ("--data_path=x", "Did you mean 'dataset_root'?"),
+        ("--csv=x", "Did you mean 'csv_path'?"),
+        ("--dropot=1", "Did you mean 'dropout'?"),
+        ("--gpus=2", "train_dist.sh"),
+    ],
+)
+def test_options_of_other_programs_lead_to_ours(given: str, meant: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse([given])
+    assert meant in str(caught.value)
+
+
+def test_aliases_are_no_options_and_mean_some() -> None:
+    assert not set(ALIASES) & set(FIELDS)
+    assert set(ALIASES.values()) <= set(FIELDS)

@@ -148,7 +148,7 @@ def test_survival_runs_and_says_that_validation_was_the_test_set(tiny, tmp_path,
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (["--lerning_rate=1"], "no option '--lerning_rate'"),
+        (["--lerning_rate=1"], "no option '--lerning_rate'. Did you mean 'lr'?"),
         (["--model=e2e_r18_abmilx2"], "abmilx"),
         (["--csv_path=nowhere.csv"], "nowhere.csv"),
         (["--dataset_root=nowhere.lmdb"], "there is no store nowhere.lmdb"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+MARGIN = 0.2
+"""How much less like than the best a name may be to be suggested too, in units of difflib's ratio."""
 
 
 class UserError(Exception):
@@ -53,11 +56,28 @@ class Faults:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names most like ``name``, best first; empty when nothing is close."""
-    return difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    """The known names most like ``name``, best first; empty when nothing is close.
+
+    >>> nearest("dropot", ["opt", "dropout"])
+    ['dropout']
+    """
+    close = difflib.get_close_matches(name, list(known), n=count, cutoff=0.5)
+    likeness = [difflib.SequenceMatcher(None, word, name).ratio() for word in close]
+    # Beside a name that fits, those that share a few letters only lead astray.
+    return [word for word, ratio in zip(close, likeness, strict=True) if ratio >= likeness[0] - MARGIN]
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence to append to an 'unknown name' error, or the empty string."""
-    close = nearest(name, known)
+def did_you_mean(name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> str:
+    """A sentence to append to an 'unknown name' error, or the empty string.
+
+    Args:
+        name: what was given.
+        known: what there is.
+        aliases: other words -> the known names that they mean.
+
+    >>> did_you_mean("lerning_rate", ["lr", "log_iter"], {"learning_rate": "lr"})
+    " Did you mean 'lr'?"
+    """
+    aliases = aliases or {}
+    close = dict.fromkeys(aliases.get(word, word) for word in nearest(name, [*known, *aliases]))
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -70,6 +70,41 @@ PUBLISHED_VALUES = {
 }
 """Published values with another name here: (option, value) -> ours."""
 
+ALIASES = {
+    "learning_rate": "lr",
+    "scheduler": "lr_sche",
+    "lr_scheduler": "lr_sche",
+    "optimizer": "opt",
+    "wd": "weight_decay",
+    "epochs": "num_epoch",
+    "num_epochs": "num_epoch",
+    "patience": "patient",
+    "batch": "batch_size",
+    "workers": "num_workers",
+    "mixed_precision": "amp",
+    "fp16": "amp",
+    "folds": "cv_fold",
+    "num_classes": "n_classes",
+    "class_names": "classes",
+    "pretrained": "enc_pt",
+    "output": "output_path",
+    "output_dir": "output_path",
+    "out_dir": "output_path",
+    "data": "dataset_root",
+    "data_path": "dataset_root",
+    "data_dir": "dataset_root",
+    "data_root": "dataset_root",
+    "store": "dataset_root",
+    "features": "dataset_root",
+    "csv": "csv_path",
+    "csv_file": "csv_path",
+    "label_csv": "csv_path",
+    "labels": "csv_path",
+}
+"""What other programs call an option -> its name here. They are not accepted: the error names ours."""
+
+GPU_WORDS = ("gpu", "gpus", "gpu_id", "gpu_ids", "num_gpus", "n_gpus")
+
 _TRUE = {"true", "1", "yes", "on"}
 _FALSE = {"false", "0", "no", "off"}
 
@@ -186,7 +221,7 @@ def _typed(layer: dict[str, Any], source: str, faults: Faults, notes: list[str])
         elif bare in REFUSED:
             faults.add(f"{source}: {key}: {REFUSED[bare]}.")
         elif bare not in FIELDS or (bare != key and FIELDS[bare].kind is not bool):
-            faults.add(f"{source}: there is no option {key!r}.{did_you_mean(key, _known())}")
+            faults.add(f"{source}: there is no option {key!r}.{_option_hint(key)}")
         else:
             values.update(_convert(FIELDS[bare], raw, f"{source}: {key}", bare != key, faults))
     return values
@@ -236,10 +271,16 @@ def _expected(kind: type) -> str:
 def _explain_unknown(word: str, faults: Faults) -> None:
     name = word.split("=")[0].lstrip("-")
     if word.startswith("-"):
-        close = did_you_mean(name, _known())
-        faults.add(f"command line: there is no option {word.split('=')[0]!r}.{close}")
+        faults.add(f"command line: there is no option {word.split('=')[0]!r}.{_option_hint(name)}")
     else:
         faults.add(f"command line: {word!r} is no option; options start with --.")
+
+
+def _option_hint(name: str) -> str:
+    plain = name.lower().replace("-", "_")
+    if plain in GPU_WORDS:
+        return " `bash train_dist.sh 2 ...` trains on two GPUs, and CUDA_VISIBLE_DEVICES chooses which."
+    return did_you_mean(plain, _known(), ALIASES)
 
 
 def _known() -> list[str]:
