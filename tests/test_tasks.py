@@ -308,9 +308,9 @@ def test_the_report_names_classes_and_confusion_rows_are_labels() -> None:
 @pytest.mark.parametrize(
     ("task", "mil", "options", "sentence"),
     [
-        ("classification", "abmil", {"loss": "bce"}, "for two classes is the binary"),
+        ("classification", "abmil", {"loss": "bce"}, "for two classes is the binary.*Give --loss=ce, or"),
         ("classification", "abmil", {"loss": "cox"}, "needs survival labels"),
-        ("survival", "abmil", {"loss": "ce"}, "needs class labels"),
+        ("survival", "abmil", {"loss": "ce"}, "needs class labels.*give --loss=nll_surv or --loss=cox, or"),
         ("survival", "clam_sb", {"loss": "cox"}, "instance loss needs one class"),
         ("regression", "clam_mb", {}, "instance loss needs one class"),
         ("regression", "abmil", {"class_weights": "balanced"}, "class_weights needs classes"),

@@ -216,7 +216,7 @@ def test_class_weights_and_balanced_sampling_change_the_training(cohort: Cohort,
     ("extra", "sentence"),
     [
         (["--loss=asl"], "the published program never had it; give --loss=bce with --task=multilabel"),
-        (["--loss=bce"], "Remove --loss, or give --task=multilabel"),
+        (["--loss=bce"], "Give --loss=ce, or --task=multilabel"),
         (["--loss=asll"], "'asll' is not one of"),
         (["--task=regression"], "is no number"),
         (["--bin_metric"], "softmax probability of class 1"),

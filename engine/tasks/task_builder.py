@@ -54,13 +54,15 @@ def check_task_options(config: Config, cohort: Cohort, mil: str) -> None:
     if loss == "bce" and cohort.task == "classification":
         faults.add(
             "loss bce: classes that exclude each other are trained with ce, which for two classes is the binary "
-            "cross-entropy of the difference of their logits. Remove --loss, or give --task=multilabel for labels that "
-            "do not exclude each other."
+            "cross-entropy of the difference of their logits. Give --loss=ce, or --task=multilabel for labels that do "
+            "not exclude each other."
         )
     elif loss not in LOSSES[cohort.task]:
+        # The loss may come from a YAML file, where it cannot be removed by the command line, only replaced.
+        fitting = " or ".join(f"--loss={name}" for name in LOSSES[cohort.task])
         faults.add(
-            f"loss {loss} needs {NEEDS[loss]}. The labels are those of a {cohort.task} task "
-            f"({' or '.join(LOSSES[cohort.task])}): remove --loss or correct the task."
+            f"loss {loss} needs {NEEDS[loss]}. The labels are those of a {cohort.task} task: give {fitting}, or "
+            "correct the task (--datasets, --task)."
         )
     if mil.startswith("clam") and (loss == "cox" or cohort.task in ("multilabel", "regression")):
         faults.add(
