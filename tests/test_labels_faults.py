@@ -66,7 +66,8 @@ def test_rows_with_the_same_fault_make_one_sentence(tmp_path: Path) -> None:
         ("", "is empty. It needs a header line"),
         (HEAD, "no row under the header"),
         ("a,b,c\n1,2,3\n", "Accepted forms: case,slide,label,fold"),
-        (GOOD.replace(",", ";"), "separated by ';'. Save it with commas"),
+        (GOOD.replace(",", ";", 1).replace(",", "\t"), "'case;slide\\tlabel\\tfold' is not clear. Save it with commas"),
+        ("sep=;\n" + GOOD.replace(",", ";"), "'sep=;' is not clear. Save it with commas"),
         (GOOD + "p9,x\n", "row 6: 2 cells, but the header has 4"),
         (GOOD.removeprefix(HEAD), "row 1 looks like data"),
         ("slide,slide,label,fold\na,a,IDC,train\n", "names slide more than once"),
@@ -181,6 +182,24 @@ def test_one_patient_with_two_labels_cannot_be_one_bag(tmp_path: Path) -> None:
 )
 def test_survival_faults(tmp_path: Path, old: str, new: str, part: str) -> None:
     assert part in surv_fault(tmp_path, SURV.replace(old, new))
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_decimal_commas_are_refused_not_guessed(tmp_path: Path, separator: str) -> None:
+    text = SURV.replace(",", separator).replace(f"1{separator}10{separator}", f"1{separator}3,5{separator}", 1)
+    message = surv_fault(tmp_path, text)
+    assert "row 2: the survival time is '3,5', not a number" in message
+    assert "Write a point for the decimal comma." in message
+    numbers = GOOD.replace("IDC", "1.5").replace("ILC", "2.5").replace(",", separator).replace("1.5", "1,5", 1)
+    message = fault(tmp_path, numbers, datasets="mine", task="regression")
+    assert "row 2: the label '1,5' is no number" in message
+    assert "Write a point for the decimal comma." in message
+
+
+def test_utf16_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_bytes(GOOD.replace(",", "\t").encode("utf-16"))
+    with pytest.raises(UserError, match="cannot be read as csv .* Save it as comma-separated UTF-8 text"):
+        load_cohort(LabelOptions(csv_path=str(tmp_path / "labels.csv"), cv_fold=1), "abcd")
 
 
 def test_too_few_events_for_the_bins(tmp_path: Path) -> None:

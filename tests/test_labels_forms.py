@@ -48,6 +48,24 @@ def test_byte_order_mark_crlf_blank_lines_and_capitals_change_nothing(tmp_path: 
     assert fingerprint(load(tmp_path, odd, "abcde")) == fingerprint(load(tmp_path, FOUR, "abcde"))
 
 
+@pytest.mark.parametrize(("separator", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_the_separators_of_excel_are_read_and_noted(tmp_path: Path, separator: str, name: str) -> None:
+    plain = load(tmp_path, FOUR, "abcde")
+    for text in (FOUR, "\ufeff\r\n" + FOUR.replace("\n", "\r\n"), FOUR.replace("case,slide", '"case","slide"')):
+        cohort = load(tmp_path, text.replace(",", separator), "abcde")
+        assert fingerprint(cohort) == fingerprint(plain)
+        assert any(f"labels.csv is read as separated by {name}" in note for note in cohort.notes)
+    assert not any("separated by" in note for note in plain.notes)
+
+
+def test_semicolons_leave_commas_and_quoted_lists_in_cells(tmp_path: Path) -> None:
+    lines = [line.split(",") for line in SURV.split()]
+    text = "\n".join(";".join([*cells, "WSI" if n == 0 else f'"{cells[0]};x,{n}"']) for n, cells in enumerate(lines))
+    slides = [*(str(i) for i in range(1, 12)), "x,12"]
+    cohort = load(tmp_path, text, slides, datasets="surv", n_bins=2, missing="drop")
+    assert cohort.folds[0].test[-1].slides == ("x,12",)
+
+
 def test_byte_order_mark_does_not_hide_the_first_column(tmp_path: Path) -> None:
     text = "ID,Label,Split\na,IDC,train\nb,ILC,train\nc,IDC,test\n"
     assert fingerprint(load(tmp_path, "\ufeff" + text, "abc")) == fingerprint(load(tmp_path, text, "abc"))

@@ -9,7 +9,7 @@ import csv
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,10 @@ from datasets.labels.columns import LABEL_ROLE, SPLIT_WORDS, find_columns, find_
 from utils.errors import Faults
 
 _TCGA_CASE = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|C3[LN]-\d{5})(?=$|[-.])")
+_DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+"""What may separate cells; Excel writes semicolons where the comma is the decimal point."""
+
 MOST_ROWS = 5
 """Row numbers named per kind of fault; the rest is counted."""
 
@@ -82,12 +86,13 @@ def read_table(path: Path, survival: bool, faults: Faults, label_columns: tuple[
     """Reads a label csv; what is wrong with it goes into ``faults`` and the row is left out.
 
     Args:
-        path: comma-separated text, UTF-8 with or without byte order mark, any line ending.
+        path: text separated by commas, or by semicolons or tabs as its header shows; UTF-8 with or without byte order
+            mark, any line ending.
         survival: whether times and events are needed.
         faults: collects the sentences.
         label_columns: names of the columns of a multi-label task.
     """
-    lines = _read_lines(path, faults)
+    separator, lines = _read_lines(path, faults)
     empty = Table(path.name, (), frozenset())
     if not lines:
         return empty
@@ -105,14 +110,19 @@ def read_table(path: Path, survival: bool, faults: Faults, label_columns: tuple[
     if not body:
         faults.add(f"{path.name}: no row under the header. Add one row per slide.")
     rows = _Parser(path.name, columns, faults).parse(body)
-    return Table(path.name, rows, frozenset(columns), _notes(path.name, columns, rows))
+    notes = _notes(path.name, columns, rows)
+    if separator != ",":
+        notes = (f"{path.name} is read as separated by {SEPARATORS[separator]}, as its header is.", *notes)
+    return Table(path.name, rows, frozenset(columns), notes)
 
 
-def _read_lines(path: Path, faults: Faults) -> list[tuple[int, list[str]]]:
-    """Rows that are not empty, with their numbers."""
+def _read_lines(path: Path, faults: Faults) -> tuple[str, list[tuple[int, list[str]]]]:
+    """The separator, and the rows that are not empty, with their numbers."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            lines = [(i, cells) for i, cells in enumerate(csv.reader(stream), start=1) if any(map(str.strip, cells))]
+            separator = _separator(next((cells for _, cells in _filled_lines(stream, ",")), []))
+            stream.seek(0)
+            lines = list(_filled_lines(stream, separator))
     except FileNotFoundError:
         faults.add(f"{path} does not exist. Give --csv_path, a label csv or a folder of fold_<k>.csv.")
     except (UnicodeDecodeError, csv.Error, OSError) as error:
@@ -120,15 +130,27 @@ def _read_lines(path: Path, faults: Faults) -> list[tuple[int, list[str]]]:
     else:
         if not lines:
             faults.add(f"{path} is empty. It needs a header line and one row per slide.")
-        return lines
-    return []
+        return separator, lines
+    return ",", []
+
+
+def _filled_lines(stream: Iterable[str], separator: str) -> Iterator[tuple[int, list[str]]]:
+    rows = enumerate(csv.reader(stream, delimiter=separator), start=1)
+    return ((number, cells) for number, cells in rows if any(map(str.strip, cells)))
+
+
+def _separator(header: list[str]) -> str:
+    """A comma, unless the header is one cell to it and several to one other separator."""
+    if len(header) != 1 or header[0].lower().startswith("sep="):
+        return ","
+    fitting = [s for s in SEPARATORS if s != "," and len(next(csv.reader(header, delimiter=s), [])) > 1]
+    return fitting[0] if len(fitting) == 1 else ","
 
 
 def _columns(name: str, header: list[str], columns: dict[str, int] | str, faults: Faults) -> dict[str, int] | None:
     """``columns``, the roles found in the header or what is wrong with it, once the header itself is sound."""
-    separator = next((s for s in (";", "\t") if len(header) == 1 and s in header[0]), None)
-    if separator:
-        faults.add(f"{name} is separated by {separator!r}. Save it with commas.")
+    if len(header) == 1 and any(separator in header[0] for separator in SEPARATORS):
+        faults.add(f"{name}: what separates the cells of {header[0]!r} is not clear. Save it with commas.")
         return None
     twice = [column for column, count in Counter(h for h in header if h).items() if count > 1]
     if twice:
@@ -203,7 +225,7 @@ class _Parser:
         text = self._cell(role, cells) or ""
         value = _number(text)
         if text and value not in (0.0, 1.0):
-            self._bad(number, f"{role} is {text!r}. Write 1, 0, or nothing where it is not known.")
+            self._bad(number, f"{role} is {text!r}. Write 1, 0, or nothing where it is not known.{point_hint(text)}")
         return int(value) if value in (0.0, 1.0) else -1
 
     def _split(self, number: int, cells: list[str]) -> str | None:
@@ -217,7 +239,8 @@ class _Parser:
         value = _number(text)
         if value is None or value < 0:
             what = "missing" if not text else f"{text!r}, not a number of 0 or more"
-            self._bad(number, f"the survival time is {what}. Give the time, in months, say, or remove the row.")
+            remedy = f"Give the time, in months, say, or remove the row.{point_hint(text)}"
+            self._bad(number, f"the survival time is {what}. {remedy}")
             return 0.0
         return value
 
@@ -231,6 +254,11 @@ class _Parser:
             )
             return 0
         return int(value)
+
+
+def point_hint(text: str) -> str:
+    """What to do with a decimal comma. It is not guessed at: 1,234 is another number in another country."""
+    return " Write a point for the decimal comma." if _DECIMAL_COMMA.fullmatch(text) else ""
 
 
 def _number(text: str) -> float | None:

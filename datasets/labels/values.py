@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from datasets.labels.table import Table, rows_text
+from datasets.labels.table import Table, point_hint, rows_text
 from utils.errors import Faults
 
 UNKNOWN = -1
@@ -37,7 +37,8 @@ def check_values(table: Table, faults: Faults) -> None:
             wrong.setdefault(row.label or "", []).append(row.number)
     for label, numbers in wrong.items():
         what = f"the label {label!r} is no number" if label else "the label is empty"
-        faults.add(f"{table.name} {rows_text(numbers)}: {what}. Regression needs one; correct it or remove the row.")
+        remedy = f"Regression needs one; correct it or remove the row.{point_hint(label)}"
+        faults.add(f"{table.name} {rows_text(numbers)}: {what}. {remedy}")
 
 
 def value_targets(table: Table) -> dict[int, dict[str, float]]:
