@@ -7,6 +7,8 @@ import math
 import os
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from engine.dryrun import dry_run
 from engine.fold import FoldRun
 from engine.fold_files import forget_folds
 from engine.metrics.bootstrap import bootstrap, summarise
-from engine.records import Records, environment, run_folder
+from engine.records import Records, environment, open_folder, run_folder
 from engine.setup import Setup, build_model, prepare
 from engine.staging import report_plan, staged
 from engine.tasks import Task, task_builder
@@ -76,11 +78,15 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
         report_plan(setup)
         dry_run(setup, processes)
         return {}
-    records = open_records(config, processes)
-    for note in notes:
-        log.info("%s", note)
-    show_cohort(setup)
-    setup = staged(setup, processes)
+    with open_records(config, processes) as records:
+        for note in notes:
+            log.info("%s", note)
+        show_cohort(setup)
+        return _all_folds(staged(setup, processes), processes, records, begin)
+
+
+def _all_folds(setup: Setup, processes: Processes, records: Records, begin: float) -> dict[str, Any]:
+    config = setup.config
     if config.run.resume == "never" and config.run.script_mode != "test":
         forget_folds(records.folder, (fold.index for fold in setup.cohort.folds), processes)
     results = []
@@ -125,16 +131,17 @@ def set_precision(config: Config) -> None:
     seed_all(config.train.seed)
 
 
-def open_records(config: Config, processes: Processes) -> Records:
-    """The run's folder with its configuration; the log goes there too."""
-    folder = run_folder(config.run)
-    records = Records(folder, processes.is_main)
-    check_shared(folder, processes)
-    records.start(config, {"processes": processes.world, "device": str(processes.device)})
-    set_up_logging(processes.rank, folder / "log.txt")
-    if processes.is_main:
-        records.tracker = open_trackers(config, folder, {"git_hash": environment()["git_hash"]})
-    return records
+@contextmanager
+def open_records(config: Config, processes: Processes) -> Iterator[Records]:
+    """The run's folder with its configuration, which belongs to this run alone; the log goes there too."""
+    with open_folder(config.run, processes) as records:
+        folder = records.folder
+        check_shared(folder, processes)
+        records.start(config, {"processes": processes.world, "device": str(processes.device)})
+        set_up_logging(processes.rank, folder / "log.txt")
+        if processes.is_main:
+            records.tracker = open_trackers(config, folder, {"git_hash": environment()["git_hash"]})
+        yield records
 
 
 def check_shared(folder: Path, processes: Processes) -> None:

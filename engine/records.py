@@ -8,7 +8,8 @@ import json
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ import yaml
 
 from engine.trackers import Trackers, epoch_values
 from utils.config import Config, RunConfig
+from utils.dist import Processes
+from utils.errors import UserError
 from utils.files import atomic_path, json_safe, write_json, write_text
+from utils.lock import FolderLock
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lmdb", "scikit-survival", "scikit-learn", "h5py")
 
@@ -27,12 +31,36 @@ def run_folder(options: RunConfig) -> Path:
     return Path(options.output_path) / options.project / options.title
 
 
+@contextmanager
+def open_folder(options: RunConfig, processes: Processes) -> Iterator[Records]:
+    """The run's folder, which belongs to this run alone while the block runs.
+
+    Raises:
+        UserError: on every process, when process 0 cannot have it.
+    """
+    records, fault = None, ""
+    try:
+        records = Records(run_folder(options), processes.is_main)
+    except UserError as error:
+        fault = str(error)
+    fault = processes.gather(fault)[0]
+    if records is None or fault:
+        raise UserError(fault)
+    try:
+        yield records
+    finally:
+        records.close()
+
+
 class Records:
     """Writes the files of one run; on ranks other than 0 nothing is written.
 
     Args:
-        folder: the run's folder, made when missing.
+        folder: the run's folder, made when missing, and held until ``close()``.
         active: whether this process writes.
+
+    Raises:
+        UserError: when another run holds the folder.
 
     Attributes:
         tracker: where numbers go besides.
@@ -42,8 +70,15 @@ class Records:
     def __init__(self, folder: Path, active: bool) -> None:
         self.folder, self.active = folder, active
         self.tracker, self.selection = Trackers(), ""
+        self._lock: FolderLock | None = None
         if active:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FolderLock(folder)
+
+    def close(self) -> None:
+        """Leaves the folder to the next run."""
+        if self._lock is not None:
+            self._lock.close()
 
     def start(self, config: Config, facts: Mapping[str, Any]) -> None:
         """Writes ``config.yaml`` (usable with ``-c``) and ``environment.json``."""

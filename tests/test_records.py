@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +19,11 @@ import pytest
 from tiny import TinyCohort, make_tiny_cohort
 
 import main
+import utils.lock
 from engine.records import Records
 from engine.trackers import epoch_values, fold_values, published_key, summary_values
 
+ROOT = Path(main.__file__).parent
 OPTIONS = ("--model=e2e_timm:test_resnet_abmilx", "--num_epoch=1", "--no_early_stopping")
 
 TEST_RESULT = {"main": {"metrics": {"accuracy_macro": {"value": 0.5, "std": 0.1}, "auc": {"value": 0.75, "std": 0.2}}}}
@@ -192,3 +200,74 @@ def test_an_epoch_says_how_many_patches_reach_the_head(tiny: TinyCohort, tmp_pat
     assert line["aux_loss"] > 0
     assert line["mm"] == 0.9997
     assert epoch_values(0, [line], "auc")["0-fold/keep_num"] == line["kept_per_step"]
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from engine.records import Records
+records = Records(Path(sys.argv[2]), active=True)
+child = os.fork()  # as reading processes are
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """Another process that holds ``folder``, and a child of it that outlives it."""
+    command = [sys.executable, "-c", HOLDER, str(ROOT), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            yield process, child
+        finally:
+            process.kill()
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("command", [[], ["--script_mode=test"], ["bench"]])
+def test_a_folder_in_use_is_refused(
+    tiny: TinyCohort,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    command: list[str],
+) -> None:
+    monkeypatch.setattr(utils.lock, "WAIT_S", 0.2)
+    folder = tmp_path / "default" / "default"
+    with held(folder) as (process, _):
+        subcommand, extra = (command, []) if command == ["bench"] else ([], command)
+        assert main.main([*subcommand, *tiny.options(*OPTIONS, *extra, f"--output_path={tmp_path}")]) == 2
+        assert f"{folder} is in use by process {process.pid} on {os.uname().nodename} since 2" in caplog.text
+        assert "wait until it has ended, or give another --title" in caplog.text
+        assert [p.name for p in folder.iterdir()] == [".lock"]
+
+
+def test_a_killed_run_leaves_its_folder_though_its_reading_processes_live(tmp_path: Path) -> None:
+    with held(tmp_path) as (process, child):
+        process.kill()
+        process.wait()
+        os.kill(child, 0)  # lives
+        Records(tmp_path, active=True).close()
+
+
+def test_a_run_waits_some_seconds_for_one_that_is_ending(tmp_path: Path) -> None:
+    with held(tmp_path) as (process, _):
+        ender = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {process.pid}"])
+        Records(tmp_path, active=True).close()
+        assert ender.wait() == 0
+
+
+def test_without_locks_in_the_file_system_a_run_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    Records(tmp_path, active=True).close()
+    assert "the file system has no locks (No locks available); let only one run write here" in caplog.text

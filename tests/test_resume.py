@@ -143,7 +143,7 @@ def test_a_kill_between_state_and_best_weights_is_repaired(tiny: TinyCohort, tmp
     (folder(tmp_path) / ".fold_0_last.pt.1.tmp").write_bytes(b"half")
     assert Job(arguments).wait() == [0]
     assert equal(torch.load(best, weights_only=True), before)
-    assert not list(folder(tmp_path).glob(".*"))
+    assert [p.name for p in folder(tmp_path).glob(".*")] == [".lock"]
 
 
 def test_other_data_or_another_number_of_processes_is_refused(tiny: TinyCohort, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from engine.bench.supply import (
 from engine.bench.verdict import limit_of, verdict
 from engine.experiment import set_precision
 from engine.fold import build_learner, training_batches, training_decoder, training_stream
-from engine.records import Records, environment, run_folder
+from engine.records import Records, environment, open_folder
 from engine.setup import Setup, prepare
 from engine.staging import staged
 from engine.tasks import task_builder
@@ -93,19 +93,20 @@ def bench(config: Config, processes: Processes, seconds: float = SECONDS) -> Fig
     setup = prepare(config)
     check_processes(setup, processes.world)
     check_same_input(setup, processes)
-    setup = staged(setup, processes)
+    with open_folder(config.run, processes) as records:
+        return _measured(staged(setup, processes), processes, records, seconds)
+
+
+def _measured(setup: Setup, processes: Processes, records: Records, seconds: float) -> Figures:
     figures = measure(setup, setup.cohort.folds[0], processes, seconds)
     sentences = verdict(figures)
     for line in (*table(figures), *sentences):
         log.info("%s", line)
     if processes.is_main:
-        folder = run_folder(config.run)
         report: dict[str, Any] = {"limit": limit_of(figures), "verdict": sentences}
         report |= {"figures": dataclasses.asdict(figures), "seconds": seconds}
-        Records(folder, active=True).json(
-            "bench.json", report | {"config": config.flat(), "environment": environment()}
-        )
-        log.info("The figures are in %s.", folder / "bench.json")
+        records.json("bench.json", report | {"config": setup.config.flat(), "environment": environment()})
+        log.info("The figures are in %s.", records.folder / "bench.json")
     return figures
 
 
