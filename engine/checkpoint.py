@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from modules.model import bare_name
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import MAKE_ROOM, atomic_path, writing
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a checkpoint of tensors, numbers, text, lists and dictionaries."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    """Writes a checkpoint of tensors, numbers, text, lists and dictionaries; raises UserError without room for it."""
+    with writing(path, MAKE_ROOM), atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(dict(content), file)
         file.flush()
         os.fsync(file.fileno())  # else a crash of the machine may leave the new name with no content behind it
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copies a checkpoint, so that ``target`` is whole or absent."""
-    with atomic_path(target) as temporary:
+    """Copies a checkpoint, so that ``target`` is whole or absent; raises UserError without room for it."""
+    with writing(target, MAKE_ROOM), atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
 
 

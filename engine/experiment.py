@@ -21,7 +21,7 @@ from engine.dryrun import dry_run
 from engine.fold import FoldRun
 from engine.fold_files import forget_folds
 from engine.metrics.bootstrap import bootstrap, summarise
-from engine.records import Records, environment, open_folder, run_folder
+from engine.records import GIVE_ANOTHER, Records, environment, open_folder, run_folder
 from engine.setup import Setup, build_model, prepare
 from engine.staging import report_plan, staged
 from engine.tasks import Task, task_builder
@@ -30,6 +30,7 @@ from engine.trackers import fold_values, open_trackers, summary_values
 from utils.config import Config
 from utils.dist import Processes
 from utils.errors import UserError
+from utils.files import MAKE_ROOM, writing
 from utils.log import duration, set_up_logging
 from utils.seed import seed_all
 from utils.stop import RESTARTS
@@ -94,7 +95,9 @@ def _all_folds(setup: Setup, processes: Processes, records: Records, begin: floa
         fold_run = FoldRun(setup, fold, processes, records)
         records.selection = fold_run.task.selection
         if processes.is_main:
-            write_split(fold, records.folder / f"fold_{fold.index}_split.csv")
+            path = records.folder / f"fold_{fold.index}_split.csv"
+            with writing(path, MAKE_ROOM):
+                write_split(fold, path)
         if config.run.script_mode != "test":
             fold_run.train()
         if config.run.script_mode != "no_test":
@@ -138,7 +141,8 @@ def open_records(config: Config, processes: Processes) -> Iterator[Records]:
         folder = records.folder
         check_shared(folder, processes)
         records.start(config, {"processes": processes.world, "device": str(processes.device)})
-        set_up_logging(processes.rank, folder / "log.txt")
+        with writing(folder / "log.txt", GIVE_ANOTHER):
+            set_up_logging(processes.rank, folder / "log.txt")
         if processes.is_main:
             records.tracker = open_trackers(config, folder, {"git_hash": environment()["git_hash"]})
         yield records

@@ -20,9 +20,10 @@ from engine.trackers import Trackers, epoch_values
 from utils.config import Config, RunConfig
 from utils.dist import Processes
 from utils.errors import UserError
-from utils.files import atomic_path, json_safe, write_json, write_text
+from utils.files import MAKE_ROOM, atomic_path, json_safe, write_json, write_text, writing
 from utils.lock import FolderLock
 
+GIVE_ANOTHER = "Give an --output_path that can be."
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lmdb", "scikit-survival", "scikit-learn", "h5py")
 
 
@@ -60,7 +61,7 @@ class Records:
         active: whether this process writes.
 
     Raises:
-        UserError: when another run holds the folder.
+        UserError: when another run holds the folder, or it cannot be written; so do all methods that write.
 
     Attributes:
         tracker: where numbers go besides.
@@ -72,8 +73,9 @@ class Records:
         self.tracker, self.selection = Trackers(), ""
         self._lock: FolderLock | None = None
         if active:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(folder)
+            with writing(folder, GIVE_ANOTHER):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = FolderLock(folder)
 
     def close(self) -> None:
         """Leaves the folder to the next run."""
@@ -83,14 +85,15 @@ class Records:
     def start(self, config: Config, facts: Mapping[str, Any]) -> None:
         """Writes ``config.yaml`` (usable with ``-c``) and ``environment.json``."""
         if self.active:
-            write_text(self.folder / "config.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
-            write_json(self.folder / "environment.json", {**environment(), **facts})
+            self.text("config.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
+            self.json("environment.json", {**environment(), **facts})
 
     def epoch(self, fold: int, values: Mapping[str, Any]) -> None:
         """Appends one line to ``metrics.jsonl`` and tells the tracker."""
         if self.active:
             line = json.dumps(json_safe({"fold": fold, **values}), allow_nan=False)
-            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            path = self.folder / "metrics.jsonl"
+            with writing(path, MAKE_ROOM), path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             if self.tracker:
                 history = [line for line in self._lines() if line.pop("fold") == fold]
@@ -106,12 +109,13 @@ class Records:
         path = self.folder / "metrics.jsonl"
         if self.active and path.is_file():
             kept = [line for line in self._lines() if line["fold"] != fold or line["epoch"] < from_epoch]
-            write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            self.text(path.name, "".join(json.dumps(line) + "\n" for line in kept))
 
     def table(self, name: str, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """Writes a csv file."""
         if self.active:
             with (
+                writing(self.folder / name, MAKE_ROOM),
                 atomic_path(self.folder / name) as temporary,
                 temporary.open("w", newline="", encoding="utf-8") as file,
             ):
@@ -122,12 +126,14 @@ class Records:
     def json(self, name: str, value: Any) -> None:
         """Writes a JSON file."""
         if self.active:
-            write_json(self.folder / name, value)
+            with writing(self.folder / name, MAKE_ROOM):
+                write_json(self.folder / name, value)
 
     def text(self, name: str, text: str) -> None:
         """Writes a text file."""
         if self.active:
-            write_text(self.folder / name, text)
+            with writing(self.folder / name, MAKE_ROOM):
+                write_text(self.folder / name, text)
 
 
 def environment() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,12 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny import TinyCohort, make_tiny_cohort
 
 import main
 import utils.lock
+from engine import checkpoint
 from engine.records import Records
 from engine.trackers import epoch_values, fold_values, published_key, summary_values
+from utils.errors import UserError
 
 ROOT = Path(main.__file__).parent
 OPTIONS = ("--model=e2e_timm:test_resnet_abmilx", "--num_epoch=1", "--no_early_stopping")
@@ -271,3 +275,61 @@ def test_without_locks_in_the_file_system_a_run_goes_on_with_a_warning(
     monkeypatch.setattr(fcntl, "lockf", refuse)
     Records(tmp_path, active=True).close()
     assert "the file system has no locks (No locks available); let only one run write here" in caplog.text
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Writing stops at ``size`` bytes of a file, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_checkpoint_that_does_not_fit_is_a_sentence_and_the_one_before_stays(tmp_path: Path) -> None:
+    path = tmp_path / "fold_0_last.pt"
+    checkpoint.save(path, {"model": torch.ones(3)})
+    for size in (10, 100_000):  # in the beginning of the file, and in the tensors
+        with (
+            largest_file(size),
+            pytest.raises(UserError, match=r"File too large; [0-9,]+ bytes are free there") as found,
+        ):
+            checkpoint.save(path, {"model": torch.zeros(100_000)})
+        assert "What was saved before is whole: make room, and the same command goes on" in str(found.value)
+    with largest_file(10), pytest.raises(UserError, match="cannot be written"):
+        checkpoint.copy(path, tmp_path / "copy.pt")
+    assert checkpoint.load(path)["model"].sum() == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["fold_0_last.pt"]
+
+
+def test_records_that_do_not_fit_are_sentences(tmp_path: Path) -> None:
+    records = Records(tmp_path, active=True)
+    with largest_file(10):
+        for write in (
+            lambda: records.epoch(0, {"epoch": 0, "train_loss": 1.0}),
+            lambda: records.json("results.json", {"a": "b" * 100}),
+            lambda: records.table("t.csv", ["id"], [["x" * 100]]),
+            lambda: records.text("a.txt", "x" * 100),
+        ):
+            with pytest.raises(UserError, match="cannot be written"):
+                write()
+
+
+def test_an_output_path_that_is_a_file_is_a_sentence(
+    tiny: TinyCohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "out").write_text("")
+    assert main.main(tiny.options(*OPTIONS, f"--output_path={tmp_path / 'out'}")) == 2
+    expected = "out/default/default cannot be written (Not a directory). Give an --output_path that can be."
+    assert expected in caplog.text
+
+
+def test_a_folder_on_a_read_only_disk_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"cannot be written \(Read-only file system\). Give an --output_path"):
+        Records(tmp_path / "new", active=True)

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from utils.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a full disk, an exhausted quota and a limit on file sizes answer."""
+
+MAKE_ROOM = "What was saved before is whole: make room, and the same command goes on from there."
 
 
 @contextmanager
@@ -29,6 +38,29 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def is_file_name(name: str) -> bool:
     """Whether ``name`` is a file or folder directly below another, so that nothing outside is written or removed."""
     return name not in ("", ".", "..") and not any(sign in name for sign in "/\\\0")
+
+
+@contextmanager
+def writing(path: Path, remedy: str) -> Iterator[None]:
+    """Turns what the disk refuses while the block runs into a sentence.
+
+    Raises:
+        UserError: with the path, the reason, the free room where that may be the reason, and ``remedy``.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        # torch's writer answers a full disk with an error of its own, behind which the disk's is found
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        free = f"; {_free_bytes(path):,} bytes are free there" if cause.errno in FULL else ""
+        raise UserError(f"{path} cannot be written ({cause.strerror or cause}{free}). {remedy}") from error
+
+
+def _free_bytes(path: Path) -> int:
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return shutil.disk_usage(existing).free
 
 
 def write_text(path: str | Path, text: str) -> None:
