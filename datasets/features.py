@@ -8,9 +8,7 @@ h5_files/<slide>.h5   datasets features (N, D), coords (N, 2)  (CLAM)
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
-import struct
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from utils.errors import Faults, UserError, did_you_mean
+from utils.files import DAMAGED, unreadable
 
 FEATURE_NAMES = ("features", "feats", "feature")
 COORD_NAMES = ("coords", "coordinates")
@@ -36,12 +35,6 @@ STORES_NEED = (
     "A store of patches goes with a model that reads patches, --model=e2e_<encoder>_<mil>; a model without e2e_ needs "
     "a folder of features."
 )
-
-DAMAGED = (
-    RuntimeError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, struct.error,
-    pickle.UnpicklingError,
-)  # fmt: skip
-"""What torch.load raises on files that are damaged, hostile or something else."""
 
 
 class Features(NamedTuple):
@@ -136,8 +129,7 @@ def _load_pt(path: Path) -> Any:
             # Files of torch before 1.6 are no zip archives and cannot be mapped.
             return torch.load(path, map_location="cpu", weights_only=True)
     except DAMAGED as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is not a tensor file that can be read safely: {reason}") from error
+        raise unreadable(path, error, "extract the features of this slide again") from error
 
 
 def _if_store(folder: Path) -> str:

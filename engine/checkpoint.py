@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from modules.model import bare_name
 from utils.config import Config
 from utils.errors import UserError
-from utils.files import MAKE_ROOM, atomic_path, writing
+from utils.files import DAMAGED, MAKE_ROOM, atomic_path, unreadable, writing
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
@@ -38,8 +37,8 @@ def remove_torn(folder: Path, prefix: str) -> None:
         path.unlink(missing_ok=True)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU.
+def load(path: Path, remedy: str = "remove it to start this fold anew") -> dict[str, Any]:
+    """Reads a checkpoint to the CPU; ``remedy`` is said of a damaged one.
 
     Raises:
         UserError: when the file is missing, is no checkpoint, or holds more than data.
@@ -50,8 +49,8 @@ def load(path: Path) -> dict[str, Any]:
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: this file cannot be read as a checkpoint of plain data ({error})") from error
+    except DAMAGED as error:
+        raise unreadable(path, error, remedy) from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a dictionary of weights, found {type(content).__name__}")
     return content

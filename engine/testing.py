@@ -85,7 +85,7 @@ class Tester:
     def _load(self, name: str) -> int:
         """Puts the kept weights in place; returns the epoch that they are of."""
         path = self.files.best(name)
-        content = load(path)
+        content = load(path, "take a whole copy of it, or train again with --resume=never")
         weights = content["model"] if name == "main" else content["teacher"]
         load_weights(self.evaluator.learner.weights()[name], weights, path)
         epoch: int = content["epoch"]

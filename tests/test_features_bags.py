@@ -235,5 +235,5 @@ def test_all_bad_files_are_reported_at_once(folder: FeatureFolder) -> None:
     opened, faults = FeatureFolder(folder.path), Faults("features")
     opened.check(opened.slides, faults)
     assert len(faults.messages) == 3
-    for part in ("s3.pt: holds no instance", "s4.pt: features have width 5, those of 's1' 2", "s5.pt: is not a"):
+    for part in ("s3.pt: holds no instance", "s4.pt: features have width 5, those of 's1' 2", "s5.pt is damaged"):
         assert any(part in message for message in faults.messages)

@@ -17,6 +17,8 @@ import torch
 from killing import ROOT, Job
 from tiny import TinyCohort, make_tiny_cohort
 
+import main
+
 SLOW_ENOUGH = ["--model=e2e_timm:test_resnet_abmilx", "--num_epoch=3", "--batch_size=2", "--save_every_min=1e-9"]
 TIMING = ("train_seconds", "patches_per_s", "data_wait")
 
@@ -144,6 +146,19 @@ def test_a_kill_between_state_and_best_weights_is_repaired(tiny: TinyCohort, tmp
     assert Job(arguments).wait() == [0]
     assert equal(torch.load(best, weights_only=True), before)
     assert [p.name for p in folder(tmp_path).glob(".*")] == [".lock"]
+
+
+@pytest.mark.parametrize(("content", "size"), [("cut", "20,000"), ("garbage", "1,000"), ("empty", "0")])
+def test_a_damaged_state_is_a_sentence(
+    tiny: TinyCohort, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str, size: str
+) -> None:
+    path = folder(tmp_path) / "fold_0_last.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"model": torch.zeros(10_000)}, path)
+    path.write_bytes({"cut": path.read_bytes()[:20_000], "garbage": b"garbage-\n" * 111 + b"!", "empty": b""}[content])
+    assert main.main(options(tiny, tmp_path)) == 2
+    assert f"{path} is damaged or something else ({size} bytes): remove it to start this fold anew." in caplog.text
+    assert "weights_only" not in caplog.text
 
 
 def test_other_data_or_another_number_of_processes_is_refused(tiny: TinyCohort, tmp_path: Path) -> None:

@@ -95,7 +95,11 @@ def test_bad_files_get_a_sentence(tmp_path: Path) -> None:
     write_h5(tmp_path / "short.h5", VALUES.numpy(), COORDS[:3])
     (tmp_path / "junk.h5").write_bytes(b"junk")
     (tmp_path / "junk.pt").write_bytes(b"junk")
+    write_pt(tmp_path / "cut.pt", torch.zeros(10_000, 2))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "cut.pt").read_bytes()[:20_000])
+    (tmp_path / "empty.pt").write_bytes(b"")
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Hostile()))
+    write_pt(tmp_path / "code.pt", [Hostile()])
     cases = {
         "int.pt": "torch.int64",
         "flat.pt": r"holds \(3,\)",
@@ -103,8 +107,11 @@ def test_bad_files_get_a_sentence(tmp_path: Path) -> None:
         "other.h5": "no dataset 'features'; it holds imgs",
         "short.h5": "4 features and 3 coordinates",
         "junk.h5": "not a readable HDF5",
-        "junk.pt": "cannot be read safely|not a tensor file",
-        "evil.pt": "not a tensor file",
+        "junk.pt": r"^[^\n]*junk.pt is damaged or something else \(4 bytes\): extract [^\n]* again\.$",
+        "cut.pt": r"^[^\n]*cut.pt is damaged or something else \(20,000 bytes\): extract [^\n]* again\.$",
+        "empty.pt": r"empty.pt is damaged or something else \(0 bytes\)",
+        "evil.pt": r"evil.pt is damaged or something else",
+        "code.pt": r"^[^\n]*code.pt holds more than plain data, [^\n]* again\.$",
         "flatt.pt": "Did you mean 'flat.pt'",
     }
     for name, message in cases.items():

@@ -5,13 +5,21 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from utils.errors import UserError
+
+DAMAGED = (
+    RuntimeError, OSError, EOFError, ValueError, TypeError, AttributeError, LookupError, AssertionError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
+"""What torch.load raises on files that are damaged, hostile or something else."""
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a full disk, an exhausted quota and a limit on file sizes answer."""
@@ -61,6 +69,15 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
 def _free_bytes(path: Path) -> int:
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     return shutil.disk_usage(existing).free
+
+
+def unreadable(path: Path, error: BaseException, remedy: str) -> UserError:
+    """What to say of a file that torch.load refused (``DAMAGED``); torch's own words advise to read it unsafely."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # torch seeks where a cut file ends
+        return UserError(f"{path} cannot be read ({error.strerror}).")
+    if any(words in str(error).lower() for words in ("unsupported global", "unsupported class")):
+        return UserError(f"{path} holds more than plain data, and reading that would run what it says: {remedy}.")
+    return UserError(f"{path} is damaged or something else ({path.stat().st_size:,} bytes): {remedy}.")
 
 
 def write_text(path: str | Path, text: str) -> None:
