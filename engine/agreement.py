@@ -21,6 +21,7 @@ OF_A_MACHINE = {
     "h5_path",
     "h5_sub_path",
     "output_path",
+    "checkpoint",
     "stage_to",
     "num_workers",
     "num_workers_test",

@@ -45,7 +45,8 @@ def load(path: Path, remedy: str = "remove it to start this fold anew") -> dict[
     """
     if not path.is_file():
         raise UserError(
-            f"{path}: there is no such checkpoint. Train first, or check --output_path, --project, --title."
+            f"{path}: there is no such checkpoint. Train first, or check --output_path, --project, --title; "
+            "to test a model of another run give --checkpoint=FOLDER."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -91,6 +92,7 @@ MAY_DIFFER = {
     "pin_memory",
     "resume",
     "script_mode",
+    "checkpoint",
     "log_iter",
     "save_iter",
     "wandb",

@@ -27,6 +27,7 @@ from engine.staging import report_plan, staged
 from engine.tasks import Task, task_builder
 from engine.testing import FoldResult
 from engine.trackers import fold_values, open_trackers, summary_values
+from engine.trained import need_training_rows
 from utils.config import Config
 from utils.dist import Processes
 from utils.errors import UserError
@@ -47,7 +48,8 @@ def check(config: Config, processes: int = 1) -> None:
     setup = prepare(config)
     show_cohort(setup)
     report_plan(setup)
-    check_processes(setup, processes)
+    if config.run.script_mode != "test":
+        check_processes(setup, processes)
     for fold in setup.cohort.folds:
         task = task_builder.build(config, setup.cohort, fold, processes)
         build_model(setup, task.outputs, fold.index)
@@ -76,6 +78,7 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
         check_processes(setup, processes.world)
     check_same_input(setup, processes)
     if config.run.dry_run:
+        need_training_rows(setup.cohort, "--dry_run")
         report_plan(setup)
         dry_run(setup, processes)
         return {}

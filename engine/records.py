@@ -83,10 +83,14 @@ class Records:
             self._lock.close()
 
     def start(self, config: Config, facts: Mapping[str, Any]) -> None:
-        """Writes ``config.yaml`` (usable with ``-c``) and ``environment.json``."""
+        """Writes ``config.yaml`` (usable with ``-c``) and ``environment.json``.
+
+        A test leaves those of the training alone, which repeat it, and writes ``config_test.yaml`` beside them.
+        """
         if self.active:
-            self.text("config.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
-            self.json("environment.json", {**environment(), **facts})
+            suffix = "_test" if config.run.script_mode == "test" else ""
+            self.text(f"config{suffix}.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
+            self.json(f"environment{suffix}.json", {**environment(), **facts})
 
     def epoch(self, fold: int, values: Mapping[str, Any]) -> None:
         """Appends one line to ``metrics.jsonl`` and tells the tracker."""

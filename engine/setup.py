@@ -18,6 +18,7 @@ from datasets.views import Renderer, ViewPlan
 from engine.precision import Precision
 from engine.sources import Sources, check_features, check_paths, check_positions, keep_in_memory, open_sources
 from engine.tasks.task_builder import check_task_options
+from engine.trained import checked, read_trained, with_trained
 from engine.training_options import check_training_options
 from modules.encoders import build_encoder, load_encoder_weights
 from modules.heads import build_mil
@@ -64,8 +65,10 @@ def prepare(config: Config) -> Setup:
     data = config.data
     positions = uses_positions(mil, config.model) or data.num_group_2d is not None
     sources = open_sources(data, encoder is not None, positions)
-    options = LabelOptions.from_config(data, config.model, config.train)
-    cohort = load_cohort(options, sources.slides, sources.absent)
+    trained, training = read_trained(config), config.run.script_mode != "test"
+    options = LabelOptions.from_config(data, config.model, config.train, training)
+    cohort = load_cohort(with_trained(options, trained), sources.slides, sources.absent)
+    cohort = checked(cohort, trained, config)
     _check_outputs(config, cohort)
     check_task_options(config, cohort, mil)
     if encoder is None:

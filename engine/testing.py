@@ -15,7 +15,9 @@ from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
 from engine.metrics.bootstrap import bootstrap
 from engine.records import Records
+from engine.trained import WHOLE_COPY, weights_path
 from engine.validation import Evaluator
+from utils.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -26,14 +28,15 @@ class FoldResult:
 
     Attributes:
         fold: its samples and seed.
-        epochs: epochs trained.
-        selected_on: split that chose the epoch: "val", "test", or "none" where the last one was kept.
+        epochs: epochs trained; None for a model of another run.
+        selected_on: split that chose the epoch: "val", "test", "another cohort" where the csv holds test rows only, or
+            "none" where the last one was kept.
         test: for each evaluated set of weights: chosen epoch, metrics with intervals, notes.
         predictions: logits and targets behind the metrics, comparable between folds, for pooling.
     """
 
     fold: Fold
-    epochs: int
+    epochs: int | None
     selected_on: str
     test: dict[str, dict[str, Any]]
     predictions: dict[str, Predictions]
@@ -80,13 +83,17 @@ class Tester:
             for line in results[name]["report"].pop("lines", ()):
                 log.info("%s    %s", label, line)
         selected_on = "none" if self.keep_last else self.fold.selection
-        return FoldResult(self.fold, epochs, selected_on, results, logits)
+        trained = epochs if self.files.setup.config.run.checkpoint is None else None
+        return FoldResult(self.fold, trained, selected_on, results, logits)
 
     def _load(self, name: str) -> int:
         """Puts the kept weights in place; returns the epoch that they are of."""
-        path = self.files.best(name)
-        content = load(path, "take a whole copy of it, or train again with --resume=never")
-        weights = content["model"] if name == "main" else content["teacher"]
+        path = weights_path(self.files.setup.config, self.fold.index, name)
+        content = load(path, WHOLE_COPY)
+        weights = content.get("model" if name == "main" else "teacher")
+        if weights is None:
+            other = "ema" if name == "main" else "main"
+            raise UserError(f"{path} holds no {name} weights. Give another --checkpoint, or --test_type={other}.")
         load_weights(self.evaluator.learner.weights()[name], weights, path)
         epoch: int = content["epoch"]
         return epoch

@@ -148,3 +148,39 @@ def test_val_ratio_makes_a_validation_set_of_training_patients_where_the_csv_has
     assert {s.case for s in fold.train} | {s.case for s in fold.val} == {s.case for s in without.train}
     assert not {s.case for s in fold.train} & {s.case for s in fold.val}
     assert len(fold.val) == pytest.approx(len(without.train) / 4, abs=3)
+
+
+def test_a_test_needs_no_train_and_val_rows(tmp_path: Path) -> None:
+    slides = cohort_csv(tmp_path)
+    plain = (tmp_path / "labels.csv").read_text().split("\n")
+    (tmp_path / "labels.csv").write_text("\n".join([plain[0] + ",fold", *(line + ",test" for line in plain[1:])]))
+    with pytest.raises(UserError, match="the train set is empty"):
+        folds(tmp_path, slides, cv_fold=1)
+    cohort = folds(tmp_path, slides, cv_fold=3, training=False)
+    for fold in cohort.folds:
+        assert (fold.train, fold.selection) == ((), "another cohort")
+        assert sorted(sample.id for sample in fold.test) == sorted(slides)
+    assert "a test only, of a model that was trained on other rows; 120 rows are tested." in " ".join(cohort.notes)
+    some = [line + (",val" if line.startswith("p1,") else ",test") for line in plain[1:]]
+    (tmp_path / "labels.csv").write_text("\n".join([plain[0] + ",fold", *some]))
+    sizes = [len(folds(tmp_path, slides, cv_fold=1, training=False, val2test=v).folds[0].test) for v in (False, True)]
+    assert sizes == [118, 120]
+    (tmp_path / "labels.csv").write_text("\n".join([plain[0] + ",fold", *(line + ",val" for line in plain[1:])]))
+    with pytest.raises(UserError, match="the test set is empty"):
+        folds(tmp_path, slides, cv_fold=1, training=False)
+
+
+def test_without_training_a_csv_is_divided_as_it_was_for_it(tmp_path: Path) -> None:
+    slides = cohort_csv(tmp_path)
+    for values in ({}, {"val_ratio": 0.2}, {"cv_fold": 1, "val_ratio": 0.2}):
+        assert folds(tmp_path, slides, training=False, **values).folds == folds(tmp_path, slides, **values).folds
+    (whole,) = folds(tmp_path, slides, training=False, cv_fold=1).folds
+    assert sorted(sample.id for sample in whole.test) == sorted(slides)
+
+
+def test_survival_bins_of_a_test_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    slides = cohort_csv(tmp_path, survival=True)
+    given = {"datasets": "surv", "cv_fold": 1, "training": False, "edges": {0: (10.0, 20.0)}, "n_bins": 3}
+    cohort = folds(tmp_path, slides, **given)
+    assert cohort.class_names == ("[0, 10)", "[10, 20)", "[20, inf)")
+    assert {s.target["label"] for s in cohort.folds[0].test if s.target["time"] < 10} == {0}

@@ -228,3 +228,113 @@ def test_refusals_are_sentences(
 ) -> None:
     assert main.main(cohort.options("classes", tmp_path, *extra)) == 2
     assert sentence in caplog.text
+
+
+KINDS = {
+    "classes": ("classes", "--num_epoch=2"),
+    "survival": ("survival", "--task=survival", "--num_epoch=2"),
+    "cox": ("survival", "--task=survival", "--loss=cox", "--num_epoch=2"),
+    "published bins": ("survival", "--task=survival", "--surv_bins=published", "--num_epoch=2"),
+    "values": ("values", "--task=regression", "--num_epoch=2"),
+    "labels": ("labels", "--task=multilabel", "--classes=ER,PR", "--num_epoch=2", "--test_type=ema", "--mm=0.5"),
+}
+"""Kind of label -> its csv and options of a run."""
+
+
+def only_test_rows(cohort: Cohort, kind: str, path: Path, split: bool = True) -> Path:
+    """A csv of the test rows alone, without those of class low, as another cohort may lack a class."""
+    with (cohort.folder / f"{kind}.csv").open() as file:
+        header, *rows = csv.reader(file)
+    kept = [row for row in rows if row[-1] == "test" and row[1] != "low"]
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([row if split else row[:-1] for row in [header, *kept]])
+    return path
+
+
+@pytest.mark.parametrize(("kind", "split"), [*((kind, True) for kind in KINDS), ("classes", False)])
+def test_another_cohort_is_tested_with_what_the_checkpoint_knows(
+    cohort: Cohort, tmp_path: Path, kind: str, split: bool
+) -> None:
+    """Its rows are those of the own test, and so must the predictions be; classes, bins and scale are the model's."""
+    (name, *extra), run = KINDS[kind], tmp_path / "run" / "default" / "default"
+    assert main.main(cohort.options(name, tmp_path / "run", *extra)) == 0
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"}
+    table = only_test_rows(cohort, name, tmp_path / "other.csv", split)
+    given = [f"-c={run / 'config.yaml'}", "--script_mode=test", f"--checkpoint={run}", f"--csv_path={table}"]
+    assert main.main([*given, f"--output_path={tmp_path / 'other'}"]) == 0
+    middle = "_ema" if kind == "labels" else ""
+    found, own = (
+        list(csv.DictReader((out / "default" / "default" / f"fold_0_test{middle}_predictions.csv").open()))
+        for out in (tmp_path / "other", tmp_path / "run")
+    )
+    tested = {row["id"] for row in found}
+    assert len(tested) > 3
+    assert found == [row for row in own if row["id"] in tested]
+    said = results(tmp_path / "other")
+    assert said["classes"] == results(tmp_path / "run")["classes"]
+    assert said["selection"]["split"] == ["another cohort"]
+    assert f"Weights, order of the classes and survival bins are those of {run}." in said["cohort"]["notes"]
+    assert said["folds"][0]["epochs"] is None
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"} == before
+
+
+def test_every_fold_is_tested_on_the_whole_other_cohort(cohort: Cohort, tmp_path: Path) -> None:
+    options = cohort.options("classes", tmp_path / "run", "--cv_fold=2", "--num_epoch=1")
+    assert main.main(options) == 0
+    table = only_test_rows(cohort, "classes", tmp_path / "other.csv")
+    run = tmp_path / "run" / "default" / "default"
+    given = [*options, "--script_mode=test", f"--checkpoint={run}", f"--csv_path={table}"]
+    assert main.main([*given, f"--output_path={tmp_path / 'other'}"]) == 0
+    rows = len(table.read_text().splitlines()) - 1
+    sizes = [f["splits"]["test"]["bags"] for f in results(tmp_path / "other")["cohort"]["folds"]]
+    assert sizes == [rows, rows]
+    one = [*given, f"--output_path={tmp_path / 'one'}", "--cv_fold=1", f"--checkpoint={run / 'fold_1_model_best.pt'}"]
+    assert main.main(one) == 0
+    metrics = results(tmp_path / "one")["folds"][0]["test"]["main"]["report"]
+    assert metrics == results(tmp_path / "other")["folds"][1]["test"]["main"]["report"]
+
+
+def test_a_test_of_another_cohort_that_cannot_be_is_a_sentence(
+    cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = cohort.options("classes", tmp_path, "--num_epoch=1")
+    assert main.main(options) == 0
+    run = tmp_path / "default" / "default"
+    table = only_test_rows(cohort, "classes", tmp_path / "other.csv")
+    test = [*options, "--script_mode=test", f"--csv_path={table}"]
+    there, new = f"--checkpoint={run}", "--title=new"
+    values = f"--csv_path={only_test_rows(cohort, 'values', tmp_path / 'values.csv')}"
+    cases = [
+        (test, "holds a trained run, whose results a test on another cohort would replace. Give another --title"),
+        ([*test, there, "--resume=never"], "holds a trained run"),
+        ([*test, new], "to test a model of another run give --checkpoint=FOLDER"),
+        ([*test, new, f"--checkpoint={tmp_path}"], "there is no such checkpoint"),
+        ([*options, new, there], "says what --script_mode=test tests"),
+        ([*test, new, there, "--n_heads=4"], f"(n_heads 8 -> 4). Give the same, such as -c {run}/config.yaml"),
+        ([*test, new, there, "--task=regression", values], "was trained for classification, and the labels are"),
+        ([*test, new, there, "--classes=high,mid,low"], "was trained on the classes high, low, mid, and the labels"),
+        ([*test, new, there, "--test_type=ema"], "fold_0_ema_model_best.pt: there is no such checkpoint"),
+        ([*test, new, f"{there}/fold_0_model_best.pt", "--test_type=ema"], "holds no ema weights"),
+        ([*test, new, f"{there}/fold_0_model_best.pt", "--cv_fold=2"], "is one file, and there are 2 folds"),
+        ([*test, new, there, "--dry_run"], "--dry_run measures training, and there are no train rows"),
+        (["bench", *test, new, there], "bench measures training, and there are no train rows"),
+        ([o for o in [*test, new] if "script_mode" not in o], "the train set is empty"),
+    ]
+    for given, sentence in cases:
+        caplog.clear()
+        assert main.main(given) == 2, sentence
+        assert sentence in caplog.text, caplog.text
+    assert main.main(["check", *test, new, there]) == 0
+
+
+def test_a_test_leaves_the_options_of_the_training_alone(cohort: Cohort, tmp_path: Path) -> None:
+    options = cohort.options("classes", tmp_path, "--num_epoch=1")
+    assert main.main(options) == 0
+    folder = tmp_path / "default" / "default"
+    before = [(folder / name).read_bytes() for name in ("config.yaml", "environment.json")]
+    assert main.main([*options, "--script_mode=test", "--num_bootstrap=30"]) == 0
+    assert [(folder / name).read_bytes() for name in ("config.yaml", "environment.json")] == before
+    assert "script_mode: test\n" in (folder / "config_test.yaml").read_text()
+    assert "--script_mode=test" not in (folder / "environment.json").read_text()
+    assert (folder / "environment_test.json").is_file()
+    assert results(tmp_path)["folds"][0]["epochs"] == 1

@@ -276,6 +276,11 @@ class RunConfig:
     project: str = option("default", "folder inside output_path")
     title: str = option("default", "folder inside project")
     script_mode: str = option("all", "train and test, or one of them", ("all", "test", "no_test"))
+    checkpoint: str | None = option(
+        None,
+        "script_mode=test: folder of the run (or one .pt file) whose best weights are tested, also on a csv that holds "
+        "test rows only; default: the run's own folder",
+    )
     resume: str = option(
         "auto",
         "auto: go on where a run with the same options in the same folder stopped; never: start anew and replace its "

@@ -14,7 +14,7 @@ from datasets.labels.classes import Classes, find_classes, unlearnt
 from datasets.labels.folds import Draft, FoldBuilder
 from datasets.labels.match import Matcher, Matches, stem
 from datasets.labels.options import LabelOptions
-from datasets.labels.splits import check_split, kfold, own_split
+from datasets.labels.splits import check_split, kfold, only_tested, own_split
 from datasets.labels.survival_bins import bin_names
 from datasets.labels.table import Table, read_table
 from datasets.labels.types import Cohort, Fold, TaskName
@@ -109,15 +109,19 @@ def _unused_files(options: LabelOptions, by_fold: dict[int, Table]) -> list[str]
 
 
 def _divide(options: LabelOptions, by_fold: dict[int, Table], faults: Faults) -> list[Draft]:
-    """The published choice: folds are cut anew from one csv when cv_fold > 1 and random_fold is off."""
+    """The published choice: folds are cut anew from one csv when cv_fold > 1 and random_fold is off.
+
+    A csv of test rows is not: the model of every fold is tested on all of them.
+    """
     anew = options.cv_fold > 1 and not options.random_fold and not Path(options.csv_path).is_dir()
+    anew = anew and not any(only_tested(table, options) for table in by_fold.values())
     divide = kfold if anew else own_split
     drafts = [Draft(k, table, divide(table, options, k, faults)) for k, table in by_fold.items()]
     seen: set[str] = set()
     for draft in drafts:
         name = draft.table.name if not anew and "split" in draft.table.columns else draft.where
         if name not in seen and draft.table.rows and draft.rows.divided:
-            check_split(name, draft.rows, faults)
+            check_split(name, draft.rows, faults, options.training)
         seen.add(name)
     return drafts
 

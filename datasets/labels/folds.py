@@ -84,7 +84,9 @@ class FoldBuilder:
         return samples
 
     def _edges(self, draft: Draft) -> tuple[float, ...]:
-        """Edges from the training patients, or from every row as published."""
+        """Edges from the checkpoint in a test, from the training patients, or from every row as published."""
+        if draft.index in self.options.edges:
+            return self.options.edges[draft.index]
         published = self.options.bins == "published"
         rows: Sequence[Row] = draft.table.rows if published else draft.rows.train
         cases = list(rows) if published else list({row.case: row for row in rows}.values())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from utils.config import DataConfig, ModelConfig, TrainConfig
 from utils.errors import UserError
@@ -44,6 +45,8 @@ class LabelOptions:
         bins: "train": survival bins are cut on the training rows of each fold; "published": a Label column is
             used as it stands, else the bins are cut on the whole table.
         n_bins: number of survival bins.
+        training: whether anything is trained; a test needs no train and val rows.
+        edges: survival bins of the folds whose checkpoints give them.
     """
 
     csv_path: str
@@ -62,9 +65,13 @@ class LabelOptions:
     bag: str = "auto"
     bins: str = "train"
     n_bins: int = DEFAULT_BINS
+    training: bool = True
+    edges: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     @classmethod
-    def from_config(cls, data: DataConfig, model: ModelConfig, train: TrainConfig) -> LabelOptions:
+    def from_config(
+        cls, data: DataConfig, model: ModelConfig, train: TrainConfig, training: bool = True
+    ) -> LabelOptions:
         """The part of the program's options that concerns labels.
 
         Raises:
@@ -89,6 +96,7 @@ class LabelOptions:
             bag=data.bag_level,
             bins=data.surv_bins,
             n_bins=model.n_classes if model.n_classes and model.n_classes > 1 else DEFAULT_BINS,
+            training=training,
         )
 
     @property

@@ -34,7 +34,7 @@ def split_card(cohort: Cohort, fold: Fold, counts: Mapping[str, int] | None = No
         missing = len(fold.missing.get(split, ()))
         numbers = (f"{n:.6g}" if isinstance(n, float) else str(n) for n in _numbers(cohort, samples, counts))
         lines.append([split, *numbers, str(missing)])
-    chosen = "test (validation equals test)" if fold.selection == "test" else "val"
+    chosen = "test (validation equals test)" if fold.selection == "test" else fold.selection
     title = f"fold {fold.index}  seed {fold.seed}  {cohort.task}  epoch chosen on: {chosen}"
     if fold.bin_edges is not None:
         title += f"\nbin edges: {', '.join(f'{edge:.4f}' for edge in fold.bin_edges)}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from datasets.labels.options import LabelOptions
 from datasets.labels.table import Row, Table, rows_text
+from datasets.labels.types import ELSEWHERE
 from utils.errors import Faults
 
 MOST_PATIENTS = 10
@@ -22,7 +23,7 @@ MOST_PATIENTS = 10
 
 @dataclass(frozen=True)
 class SplitRows:
-    """The rows of one fold; ``val`` is ``test`` if ``selection`` is "test"; not ``divided`` after a fault."""
+    """The rows of one fold; ``val`` is ``test`` if ``selection`` is not "val"; not ``divided`` after a fault."""
 
     train: tuple[Row, ...]
     val: tuple[Row, ...]
@@ -125,6 +126,18 @@ def _rare(table: Table, folds: int) -> list[str]:
     ]
 
 
+def only_tested(table: Table, options: LabelOptions) -> bool:
+    """Whether nothing is trained and the csv says that it holds no train rows: a cohort that the model has not seen."""
+    return not options.training and "split" in table.columns and all(row.split != "train" for row in table.rows)
+
+
+def _on_all(table: Table, test: tuple[Row, ...]) -> SplitRows:
+    said = f"{table.name}: a test only, of a model that was trained on other rows; {len(test)} rows are tested"
+    left = len(table.rows) - len(test)
+    said += f", and {left} val rows are not (--val2test adds them)." if left else "."
+    return SplitRows((), test, test, ELSEWHERE, (said,))
+
+
 def own_split(table: Table, options: LabelOptions, fold: int, faults: Faults) -> SplitRows:
     """The csv's split column; without one a random ``val_ratio`` share of the rows is the test set."""
     if "split" not in table.columns:
@@ -133,6 +146,8 @@ def own_split(table: Table, options: LabelOptions, fold: int, faults: Faults) ->
     for row in table.rows:
         parts.setdefault(row.split, []).append(row)
     train, val, test = (tuple(parts[name]) for name in ("train", "val", "test"))
+    if only_tested(table, options):
+        return _on_all(table, test + val if options.val2test else test)
     if options.val2test:
         return _on_test(train, test + val, "val2test was given" if val else "the csv has no val rows", [])
     if not val and options.val_ratio:
@@ -150,6 +165,8 @@ def own_split(table: Table, options: LabelOptions, fold: int, faults: Faults) ->
 
 
 def _random_test(table: Table, options: LabelOptions, fold: int, faults: Faults) -> SplitRows:
+    if not (options.training or options.val_ratio):
+        return _on_all(table, tuple(table.rows))
     if not options.val_ratio:
         faults.add(
             f"{table.name} has no split column. Add one (train, val, test), give the share of the test set "
@@ -178,15 +195,15 @@ def _on_test(train: tuple[Row, ...], test: tuple[Row, ...], reason: str, notes: 
     return SplitRows(train, test, test, "test", (*notes, said))
 
 
-def check_split(name: str, rows: SplitRows, faults: Faults) -> None:
-    """Faults for an empty set and for patients on both sides of a split."""
+def check_split(name: str, rows: SplitRows, faults: Faults, training: bool = True) -> None:
+    """Faults for an empty set (without ``training`` of the test only) and for patients on both sides of a split."""
     remedies = {
         "train": "Mark rows as train.",
         "val": "Raise --val_ratio.",
         "test": "Mark rows as test, or let --val2test use the val rows.",
     }
     for split, members in rows.own().items():
-        if not members:
+        if not members and (training or split == "test"):
             faults.add(f"{name}: the {split} set is empty. {remedies[split]}")
     sides: dict[str, dict[str, list[int]]] = {}
     for split, members in rows.own().items():

@@ -9,6 +9,9 @@ from typing import Literal
 TaskName = Literal["classification", "survival", "multilabel", "regression"]
 SPLITS = ("train", "val", "test")
 
+ELSEWHERE = "another cohort"
+"""What chose the epoch where the csv holds test rows only: a test of a model that was trained on others."""
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -38,9 +41,11 @@ class Fold:
         index: number of the fold, as in ``fold_<index>.csv``.
         seed: seed of the run.
         train, val, test: the samples; without a validation set of its own ``val`` equals ``test``.
-        selection: the split that chooses the epoch, "test" when validation equals test.
+        selection: the split that chooses the epoch, "test" when validation equals test; ``ELSEWHERE`` where nothing
+            is trained and there are test samples only.
         bin_edges: inner edges of the survival bins, in the csv's unit of time; None for classification.
         missing: names in the csv that the store lacks, per split; not empty only with the policy "drop".
+        scale: mean and standard deviation of the training values, where a regression's checkpoint gives them.
     """
 
     index: int
@@ -51,6 +56,7 @@ class Fold:
     selection: str
     bin_edges: tuple[float, ...] | None = None
     missing: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    scale: tuple[float, float] | None = None
 
     def splits(self) -> dict[str, tuple[Sample, ...]]:
         """Name of each split to its samples; validation only where it is a set of its own."""

@@ -41,6 +41,7 @@ from engine.setup import Setup, prepare
 from engine.staging import staged
 from engine.tasks import task_builder
 from engine.timing import seconds_per_call
+from engine.trained import need_training_rows
 from engine.validation import loader_options
 from utils.config import Config
 from utils.cores import usable_cores
@@ -91,6 +92,7 @@ def bench(config: Config, processes: Processes, seconds: float = SECONDS) -> Fig
     """
     set_precision(config)
     setup = prepare(config)
+    need_training_rows(setup.cohort, "bench")
     check_processes(setup, processes.world)
     check_same_input(setup, processes)
     with open_folder(config.run, processes) as records:

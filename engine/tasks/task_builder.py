@@ -103,8 +103,7 @@ def build(config: Config, cohort: Cohort, fold: Fold, processes: int) -> Task:
         weights = positive_weights(config, cohort, fold.train)
         return MultilabelTask(cohort.class_names, _selection(options, MULTILABEL_SELECTION), weights)
     if cohort.task == "regression":
-        values = [float(s.target["value"]) for s in fold.train]
-        mean, sd = statistics.fmean(values), statistics.pstdev(values)
+        mean, sd = fold.scale or _scale(fold.train)
         log.info(
             "values of the training split: mean %.4g, standard deviation %.4g; the loss is in units of it", mean, sd
         )
@@ -122,6 +121,11 @@ def build(config: Config, cohort: Cohort, fold: Fold, processes: int) -> Task:
         train_event=tuple(int(s.target["event"]) for s in fold.train),
         selection=selection,
     )
+
+
+def _scale(train: Sequence[Sample]) -> tuple[float, float]:
+    values = [float(s.target["value"]) for s in train]
+    return statistics.fmean(values), statistics.pstdev(values)
 
 
 def _selection(options: EvalConfig, known: tuple[str, ...]) -> str:
