@@ -69,7 +69,7 @@ def load_cohort(options: LabelOptions, slides: Collection[str], absent: Mapping[
     builder = FoldBuilder(options, classes, faults)
     folds = tuple(builder.build(draft, matches[draft.table.name]) for draft in drafts)
     faults.raise_if_any()
-    if classes:
+    if classes and options.training:
         notes += unlearnt(classes, {int(sample.target["label"]) for fold in folds for sample in fold.train})
     notes += [*builder.notes, _bag_note(options, folds)]
     return _cohort(options, folds, classes, notes)
