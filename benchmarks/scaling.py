@@ -28,6 +28,9 @@ import torch
 from benchmarks.training import batches_of, make_learner, make_parser, rate, whole_epochs, write_store
 from utils.dist import processes
 
+SETTINGS = {"OMP_NUM_THREADS": "8", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""Those of train_dist.sh, unless the environment has others."""
+
 
 def cpu_seconds() -> float:
     """CPU time that the reading processes of this one have used."""
@@ -71,7 +74,7 @@ def start(world: int, argv: list[str], folder: Path) -> dict[str, float]:
     """Runs ``world`` processes and returns their figures."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     command += ["-m", "benchmarks.scaling", "--child", str(folder), *argv]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "8"})
+    subprocess.run(command, check=True, env=SETTINGS | os.environ)
     figures: dict[str, float] = json.loads((folder / f"{world}.json").read_text(encoding="utf-8"))
     return figures
 

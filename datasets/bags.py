@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datasets.instances import (
-    CodedSource,
     Segment,
     Source,
     bag_size,
@@ -217,7 +216,7 @@ class TrainBags(Dataset[Bags]):
             for source, picks in zip(self.sources, bag.picks, strict=True)
         ]
         batch, slot, form = self._described(bags), None, None
-        if self.ring is not None and not isinstance(self.sources[0], CodedSource):
+        if self.ring is not None:
             form = common_form(source.form(slide) for source, slides, _ in segments for slide in slides)
             slot = self.ring.take() if self.ring.fits(sum(batch.sizes), form) else None
         batch.instances, batch.slot, batch.form = self.load(segments, slot, form), slot, form

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 
 from datasets.bags import Bags, joined_targets
 from datasets.instances import (
-    CodedSource,
     FeatureSource,
     Source,
     bag_size,
@@ -105,9 +104,8 @@ class EvalParts(Dataset[Bags]):
     def __getitem__(self, i: int) -> Bags:
         part = self.parts[i]
         sample, picks, form = self.samples[part.position], np.arange(part.begin, part.end), self._form(part)
-        room = None if isinstance(self.source, CodedSource) else self.ring  # JPEGs are small and of every size
-        slot = room.take() if room is not None and room.fits(len(picks), form) else None
-        out = None if room is None or slot is None else room.view(slot, len(picks), form)
+        slot = self.ring.take() if self.ring is not None and self.ring.fits(len(picks), form) else None
+        out = None if self.ring is None or slot is None else self.ring.view(slot, len(picks), form)
         instances = load_segments([(self.source, sample.slides, picks)], out)
         cells = self._positions(part.position)
         return Bags(

@@ -71,6 +71,7 @@ class EvalReader:
         self._keys = _Keys()
         self._loader: DataLoader[Bags] | None = None
         self._ring: BatchRing | None = None
+        self._started = False
 
     def read(self, split: str) -> Iterator[Bags]:
         """The encoder calls of all bags of a split, on the device; each is good until the next one is asked for."""
@@ -78,7 +79,7 @@ class EvalReader:
         if len(parts) == 0:
             return
         direct = self.options.workers == 0 and (not self.options.pin or parts.in_memory)
-        if not direct and self._ring is None:
+        if not direct and not self._started:
             self._start()
         with contextlib.closing(self._parts(split, direct)) as read:
             try:
@@ -101,13 +102,15 @@ class EvalReader:
         yield from decoded(source, self.options.decoder)
 
     def _start(self) -> None:
+        self._started = True
         workers = 0 if read_by_threads(parts.source for parts in self.splits.values()) else self.options.workers
         prefetch = self.options.prefetch if workers else lead(self.options)[1]
-        largest = max(parts.largest_bytes() for parts in self.splits.values() if len(parts))
-        self._ring = ring_for(workers, prefetch, largest, self.options.pin)
-        self._close = weakref.finalize(self, self._ring.close)
-        for parts in self.splits.values():
-            parts.ring = self._ring
+        if self.options.decoder is None:  # JPEGs are small and of every size
+            largest = max(parts.largest_bytes() for parts in self.splits.values() if len(parts))
+            self._ring = ring_for(workers, prefetch, largest, self.options.pin)
+            self._close = weakref.finalize(self, self._ring.close)
+            for parts in self.splits.values():
+                parts.ring = self._ring
         if workers > 0:
             self._loader = DataLoader(
                 _Splits(self.splits),
@@ -130,6 +133,7 @@ class EvalReader:
             # do not hear that they should end, are waited for (5 s each).
             processes._shutdown_workers()
         self._loader = self._ring = None
+        self._started = False
 
 
 def on_device(parts: Iterable[Bags], device: torch.device, ring: BatchRing | None = None) -> Iterator[Bags]:

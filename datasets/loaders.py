@@ -138,7 +138,7 @@ def train_batches(bags: TrainBags, stream: TrainStream, options: LoaderOptions) 
     """
     if bags.views is None:
         return feature_batches(bags, stream, options)
-    if options.workers > 0 and bags.plan.total > 0:
+    if options.workers > 0 and bags.plan.total > 0 and options.decoder is None:
         side_px = bags.views.stored_px
         shape = (stream.batch_size * bags.plan.total, side_px, side_px, 3)
         bags.ring = BatchRing(options.workers, options.prefetch, shape, options.pin)

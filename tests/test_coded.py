@@ -114,6 +114,19 @@ def test_evaluation_and_whole_bags_are_the_same_whoever_decodes(store: PatchStor
         assert torch.equal(one, other)
 
 
+def test_no_buffers_are_made_for_patches_that_the_gpu_decodes(
+    store: PatchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr("datasets.loaders.BatchRing", lambda *_: made.append("training"))
+    monkeypatch.setattr("datasets.eval_reading.ring_for", lambda *_: made.append("evaluation"))
+    bags, options = bags_of(store, CodedSource(store)), LoaderOptions(1, decoder=on_cpu)
+    assert len(content(train_batches(bags, TrainStream(len(bags), 3), options))) == len(bags) // 3
+    parts = EvalParts(samples_of(store), CodedSource(store), PartPlan(8, 5, 2), range(6))
+    assert content(EvalReader({"test": parts}, options, torch.device("cpu")).read("test"))
+    assert not made
+
+
 def test_packed_rows_are_told_from_patches_and_features() -> None:
     assert is_coded(pack([b"abc", b"defgh"]))
     assert not is_coded(torch.zeros(3, 8, 8, 3, dtype=torch.uint8))

@@ -16,6 +16,7 @@ MAIN = """
 import os, sys
 from pathlib import Path
 names = ("RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF")
+names += ("CUDA_DEVICE_MAX_CONNECTIONS",)
 line = "|".join([*sys.argv[2:], *(os.environ.get(n, "-") for n in names)])
 Path(sys.argv[1], "rank" + os.environ.get("RANK", "")).write_text(line)
 sys.exit(7 if "fail" in sys.argv and os.environ.get("RANK", "1") == "1" else 0)
@@ -34,9 +35,11 @@ def checkout(tmp_path: Path) -> Path:
     return folder
 
 
-def call(script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    drop = ("OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF")
-    env = {k: v for k, v in os.environ.items() if k not in drop} | {"PYTHON": sys.executable}
+def call(
+    script: Path, *arguments: str, cwd: Path, settings: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    drop = ("OMP_NUM_THREADS", "CUBLAS_WORKSPACE_CONFIG", "PYTORCH_CUDA_ALLOC_CONF", "CUDA_DEVICE_MAX_CONNECTIONS")
+    env = {k: v for k, v in os.environ.items() if k not in drop} | {"PYTHON": sys.executable} | (settings or {})
     return subprocess.run(
         ["bash", str(script), *arguments],
         cwd=cwd,
@@ -51,7 +54,7 @@ def call(script: Path, *arguments: str, cwd: Path) -> subprocess.CompletedProces
 def test_train_passes_arguments_settings_and_status(checkout: Path, tmp_path: Path) -> None:
     done = call(checkout / "train.sh", str(tmp_path), "--title=two words", "fail", cwd=tmp_path)
     assert done.returncode == 7
-    assert (tmp_path / "rank").read_text() == "--title=two words|fail|-|-|-|:4096:8|expandable_segments:True"
+    assert (tmp_path / "rank").read_text() == "--title=two words|fail|-|-|-|:4096:8|expandable_segments:True|-"
 
 
 def test_train_names_a_missing_python(checkout: Path, tmp_path: Path) -> None:
@@ -65,10 +68,13 @@ def test_train_dist_starts_every_rank_and_passes_failure_on(checkout: Path, tmp_
     done = call(checkout / "train_dist.sh", "2", str(tmp_path), "--title=two words", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for rank in (0, 1):
-        title, own, world, threads, *_ = (tmp_path / f"rank{rank}").read_text().split("|")
-        assert (title, own, world) == ("--title=two words", str(rank), "2")
+        title, own, world, threads, *_, queues = (tmp_path / f"rank{rank}").read_text().split("|")
+        assert (title, own, world, queues) == ("--title=two words", str(rank), "2", "32")
         assert 1 <= int(threads) <= 8
-    assert call(checkout / "train_dist.sh", "2", str(tmp_path), "fail", cwd=tmp_path).returncode != 0
+    settings = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+    failed = call(checkout / "train_dist.sh", "2", str(tmp_path), "fail", cwd=tmp_path, settings=settings)
+    assert failed.returncode != 0
+    assert (tmp_path / "rank0").read_text().endswith("|1")
 
 
 @pytest.mark.parametrize("count", [[], ["0"], ["-1"], ["two"], ["--datasets=panda"], ["1.5"]])
