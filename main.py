@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
     """Runs one command.
 
     Returns:
-        0; 2 when the user's input is at fault; 75 when the run was asked to stop and has saved; 130 behind a second
+        0; 2 when the user's input is at fault; 75 when the run was asked to stop and has saved; 130 after a second
         Ctrl-C. Other errors keep their traceback.
     """
     set_up_logging()

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains in N processes of this machine, one per GPU (or on the CPU where there is none):
 #   bash train_dist.sh 2 --datasets=panda -c=config/e2e/r18_panda.yaml ...
-# Every argument behind N goes to main.py. On several machines, N processes each, run the same command on every one,
+# Every argument after N goes to main.py. On several machines, N processes each, run the same command on every one,
 # with NNODES (how many), NODE_RANK (this one, from 0), MASTER_ADDR and MASTER_PORT (of machine 0) set; under SLURM
 #   srun --ntasks-per-node=1 bash train_dist.sh 4 ...
 # sets them. MAX_RESTARTS (0) is how often the run starts again, from its last saved state, when a process dies.

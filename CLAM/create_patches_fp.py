@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-for _folder in (ROOT, ROOT / "CLAM"):
-    if str(_folder) not in sys.path:
-        sys.path.append(str(_folder))
+for _folder in (ROOT / "CLAM", ROOT):
+    # Before the installed packages: one of them is called "datasets", too.
+    if str(_folder) not in sys.path[:2]:
+        sys.path.insert(1, str(_folder))
 
 from batch import over_processes, usable_cpus  # noqa: E402
 from cohort_page import write_cohort_page  # noqa: E402

@@ -189,7 +189,7 @@ def _entry(value: Any) -> tuple[int, tuple[int, ...] | bytes]:
 
 
 def tiff_directory(entries: dict[int, tuple[int, tuple[int, ...] | bytes]], offset: int) -> bytes:
-    """The image file directory (IFD) at ``offset``, long values behind it."""
+    """The image file directory (IFD) at ``offset``, long values after it."""
     extra_offset = offset + 2 + 12 * len(entries) + 4
     head, extra = struct.pack("<H", len(entries)), b""
     for code, (kind, value) in sorted(entries.items()):

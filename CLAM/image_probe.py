@@ -22,7 +22,7 @@ FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 SEQUENTIAL = frozenset({0xC0, 0xC1})
 ALONE = frozenset({0x01, *range(0xD0, 0xD9)})
-"""JPEG markers without a segment behind them."""
+"""JPEG markers without a segment after them."""
 
 
 def held_bytes(path: Path, kind: str) -> int:

@@ -33,7 +33,7 @@ FACT_COLUMNS = (
     "target_patch_size_px",
     "corrupt_blocks",
 )
-"""Columns of ours, behind the published ones."""
+"""Columns of ours, after the published ones."""
 
 
 SECONDS_BETWEEN_WRITES = 2.0

@@ -1,8 +1,8 @@
-"""Patch coordinates to patches: one LMDB store per image size, and JPEG folders.
+r"""Patch coordinates to patches: one LMDB store per image size, and JPEG folders.
 
-    python CLAM/save_patches.py --data_h5_dir OUT --data_slide_dir SLIDES --csv_path
-    OUT/process_list_autogen.csv \
-        --patch_dir STORES --save_lmdb --img_size 256 --lmdb_name my_dataset_256_level0 --workers 6
+    python CLAM/save_patches.py --data_h5_dir OUT --data_slide_dir SLIDES \
+        --csv_path OUT/process_list_autogen.csv --patch_dir STORES \
+        --save_lmdb --img_size 256 --lmdb_name my_dataset_256_level0 --workers 6
 
 The store is readable after every finished slide; the same command continues a stopped run. Exit status: 0
 all slides done, 1 some slide failed (see <lmdb_name>_status.csv), 2 the options are at fault.

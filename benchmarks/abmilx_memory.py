@@ -134,7 +134,7 @@ CANDIDATES = {
 
 
 def tiles() -> None:
-    """Times the candidates and uses the fastest in what runs behind this."""
+    """Times the candidates and uses the fastest in what runs after this."""
     count = 20_000
     print(f"\n# tiles (rows, cols, warps, stages) at N = {count}: ms")
     for heads, width in ((8, 64), (8, 32), (4, 128), (2, 256)):

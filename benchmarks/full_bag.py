@@ -3,7 +3,7 @@
     python -m benchmarks.full_bag [--patches 10000 50000] [--chunk 512] [--keep 16384] [--encoder r18] [--compile]
                                   [--jpeg_decoder gpu]
 
-Builds a store of 256 px JPEGs of about 15 kB, then measures one behind the other, each with a fresh model:
+Builds a store of 256 px JPEGs of about 15 kB, then measures one after the other, each with a fresh model:
 
 * plain: the plain step on a bag of ``--plain`` patches, as many encoder calls of ``--chunk`` patches as that takes;
 * checkpointing: the same with ``--grad_checkpointing``, on the plain bag and on the smallest of ``--patches``;
@@ -103,7 +103,7 @@ def bags_of(args: argparse.Namespace, source: Source) -> TrainBags:
 
 
 def measure(name: str, patches: int, prepare: Callable[[], Callable[[], object]]) -> Row:
-    """Time and memory of the step that ``prepare`` makes; what it made is gone behind it."""
+    """Time and memory of the step that ``prepare`` makes; what it made is gone after it."""
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()

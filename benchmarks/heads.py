@@ -4,7 +4,7 @@
 
 A bag is N random float32 features of width 1024 with positions on a square; 1024 -> 512 -> 2 classes, default
 options, autocast to bf16. Evaluation is one forward pass; training is forward and backward with the head's
-own losses. The time is the median of the runs that fit 0.3 s, at least one, behind two warm-ups (the second of
+own losses. The time is the median of the runs that fit 0.3 s, at least one, after two warm-ups (the second of
 which is the time itself when it took longer than 2 s); the memory is the allocator's peak, the bag and the weights
 included (CUDA only). A head that runs out of memory gives "out of memory"; what the budget does not reach
 gives "not run". All heads are measured at the smallest size first.

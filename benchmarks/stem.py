@@ -4,7 +4,7 @@
 
 * errors: of values and gradients, against float64;
 * kernels: every kernel of ``modules.stem_kernels`` with several tiles, and where the memory's speed would put it; what
-  comes behind uses the best ones;
+  comes later uses the best ones;
 * steps, r50: the bare compiled training step of R18, R50 (bf16, channels-last) with and without the fused stem, what it
   keeps in memory, and evaluation;
 * forms, compiled: convolution, and what follows it, in torch and ours, eager or compiled by torch.

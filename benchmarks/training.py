@@ -2,7 +2,7 @@
 
     python -m benchmarks.training --compile [--workers 14] [--bags 8] [--patches 128] [--encoder r18] [--cores 4 2]
 
-Builds two stores of 256 px JPEGs of about 15 kB (the PANDA recipe's sizes), then measures, one behind the other:
+Builds two stores of 256 px JPEGs of about 15 kB (the PANDA recipe's sizes), then measures, one after the other:
 
 * bare: the training step on patches that are on the device already, rendered and normalised;
 * step: the same with rendering (crops, flips) from uint8 on the device, and EMA;

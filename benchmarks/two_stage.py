@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), action="append", help="default: each of them")
     parser.add_argument("--same_psize", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=None, help="where the temporary folder is made")
-    parser.add_argument("--seconds", type=float, default=600, help="no new row is begun behind so many")
+    parser.add_argument("--seconds", type=float, default=600, help="no new row is begun after so many")
     options = parser.parse_args()
     place = torch.cuda.get_device_name() if gpu else "CPU"
     print(f"{options.slides} slides x {options.patches} x {options.width}, abmil, {place}, torch {torch.__version__}\n")

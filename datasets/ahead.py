@@ -29,7 +29,7 @@ class _Failed:
 
 
 class _End:
-    """Behind the last item."""
+    """After the last item."""
 
 
 def in_threads(function: Callable[[S], T], items: Iterable[S], threads: int, ahead: int) -> Generator[T, None, None]:

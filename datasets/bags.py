@@ -4,7 +4,7 @@
 section 2, Eq. 2). Every draw is a function of (seed, epoch, sample), so workers, ranks and restarts do not change it.
 For evaluation see ``datasets.eval_parts``.
 
-Shapes: B bags, P instances of all bags one behind another, S stored size in px, D feature width.
+Shapes: B bags, P instances of all bags one after another, S stored size in px, D feature width.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ class TrainBags(Dataset[Bags]):
         return _Drawn(sample, position, chosen, fresh_ones, draws, join(known) if known else None)
 
     def load(self, segments: Sequence[Segment], slot: int | None = None, form: Form | None = None) -> Tensor:
-        """The instances of ``segments`` one behind another; in buffer ``slot`` of the ring, where one is given."""
+        """The instances of ``segments`` one after another; in buffer ``slot`` of the ring, where one is given."""
         total = sum(len(picks) for _, _, picks in segments)
         if self.ring is None or slot is None:
             return load_segments(segments, segments[0][0].room(total))

@@ -43,7 +43,7 @@ class PartPlan:
     """How a bag is taken apart.
 
     Attributes:
-        run: a new encoder call begins behind so many instances (``p_batch_size_v``).
+        run: a new encoder call begins after so many instances (``p_batch_size_v``).
         call: instances per encoder call at most; a longer run is divided (``p_batch_size``).
         read: instances that are read at a time at most.
     """

@@ -129,7 +129,7 @@ class EvalReader:
             parts.ring = None
         processes = None if self._loader is None else self._loader._iterator
         if isinstance(processes, _MultiProcessingDataLoaderIter):
-            # When left to the garbage collector behind an error, torch closes the queues first and the processes, which
+            # When left to the garbage collector after an error, torch closes the queues first and the processes, which
             # do not hear that they should end, are waited for (5 s each).
             processes._shutdown_workers()
         self._loader = self._ring = None
@@ -198,7 +198,7 @@ class _Rooms:
         self._turn = self._filled = 0
 
     def add(self, content: Tensor, call: int) -> tuple[Any, Tensor | None]:
-        """Queues the copy of ``content`` behind what is there of an encoder call of ``call`` instances.
+        """Queues the copy of ``content`` after what is there of an encoder call of ``call`` instances.
 
         Returns:
             The event of the copy (None on a CPU), and the call where it is complete.

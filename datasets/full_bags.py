@@ -62,7 +62,7 @@ class ChunkPlan:
         return sum(end <= self.keep for end in ends)
 
     def spans(self, count: int) -> Iterator[tuple[int, int]]:
-        """First patch and the one behind the last of every part that is read for a batch, in order."""
+        """First patch and the one after the last of every part that is read for a batch, in order."""
         sizes = self.sizes(count)
         ends = list(itertools.accumulate(sizes))
         again = range(self.kept(sizes), len(sizes) - 1) if self.twice else ()
@@ -96,7 +96,7 @@ class FullBags(Bags):
     parts: Iterator[Bags] = field(default_factory=lambda: iter(()))
 
     def span(self, number: int) -> tuple[int, int]:
-        """First patch of a chunk, and the one behind its last."""
+        """First patch of a chunk, and the one after its last."""
         begin = sum(self.chunks[:number])
         return begin, begin + self.chunks[number]
 
@@ -119,7 +119,7 @@ class _Item(NamedTuple):
 
 
 class _Items(Sampler[_Item]):
-    """What a batch needs, batch behind batch."""
+    """What a batch needs, batch after batch."""
 
     def __init__(self, bags: TrainBags, stream: Iterable[Keys], plan: ChunkPlan) -> None:
         self.bags, self.stream, self.plan = bags, stream, plan

@@ -202,7 +202,7 @@ Segment = tuple[Source, Sequence[str], np.ndarray]
 
 
 def load_segments(segments: Sequence[Segment], room: Tensor | None = None) -> Tensor:
-    """The instances of ``segments`` one behind another, in ``room`` where it is given; JPEGs are packed.
+    """The instances of ``segments`` one after another, in ``room`` where it is given; JPEGs are packed.
 
     The sources of all segments are of one kind.
     """
@@ -218,5 +218,5 @@ def load_segments(segments: Sequence[Segment], room: Tensor | None = None) -> Te
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """``parts`` one behind another; a single part is passed on without a copy, as bags may be large."""
+    """``parts`` one after another; a single part is passed on without a copy, as bags may be large."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))

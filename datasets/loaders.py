@@ -53,7 +53,7 @@ class TrainStream(Sampler[list[tuple[int, int]]]):
         seed: base of the shuffles.
         drop_last: leave out the last incomplete batch; otherwise it is shared out as evenly as it can be, and a
             process that gets none of it repeats the first sample of the epoch, which must not count (``counts``).
-        epochs: first epoch and the one behind the last.
+        epochs: first epoch and the one after the last.
         start_step: steps of the first epoch that were done already.
         strata: class of each sample; an epoch then draws ``count`` samples with replacement, every class equally
             often. None: every sample once.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
-    """``host`` on ``device``; what is queued on the current stream behind this call waits for the copy.
+    """``host`` on ``device``; what is queued on the current stream after this call waits for the copy.
 
     A copy on the current stream would begin when everything queued before it has ended: for a batch of patches that is
     a pause of several milliseconds in every step. On a stream of its own the copy runs during the step before.

@@ -35,7 +35,7 @@ from utils.log import duration
 log = logging.getLogger(__name__)
 
 STEPS = 3
-"""Timed steps, behind one that does not count because kernels are chosen and memory is reserved in it."""
+"""Timed steps, after one that does not count because kernels are chosen and memory is reserved in it."""
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ EVALUATED = {"main": ("main",), "ema": ("ema",), "both": ("main", "ema"), "both_
 """``test_type`` -> sets of weights that are evaluated; the first one decides on early stopping."""
 
 GO_ON, SAVE, STOP = 0, 1, 2
-"""What a rank wishes behind a step; the largest wish of all ranks is done."""
+"""What a rank wishes after a step; the largest wish of all ranks is done."""
 
 
 def build_learner(setup: Setup, fold: Fold, task: Task, processes: Processes) -> Learner:
@@ -64,7 +64,7 @@ def build_learner(setup: Setup, fold: Fold, task: Task, processes: Processes) ->
 def training_stream(
     setup: Setup, fold: Fold, processes: Processes, epochs: tuple[int, int], start_step: int = 0
 ) -> TrainStream:
-    """The training batches of this process in ``epochs`` (first one, one behind the last)."""
+    """The training batches of this process in ``epochs`` (first one, the one after the last)."""
     options = setup.config.train
     return TrainStream(
         len(fold.train),
@@ -138,14 +138,14 @@ class FoldRun:
         done = self.progress.epoch
         if self.progress.between_epochs:
             self.files.save_behind_epoch(self.learner, done - 1, self._best_of(done - 1))
-            log.info("%s: goes on behind epoch %d (%s).", self.label, done, self.files.last)
+            log.info("%s: goes on after epoch %d (%s).", self.label, done, self.files.last)
             return
         if state["ranks"] is not None:
             self._inside = state["ranks"][self.processes.rank]
             for name, model in self.learner.weights().items():
                 load_buffers(model, self._inside["buffers"].get(name, {}))
         where = f"step {self.progress.step}" if self.progress.trained is None else "its last step"
-        log.info("%s: goes on in epoch %d behind %s (%s).", self.label, done + 1, where, self.files.last)
+        log.info("%s: goes on in epoch %d after %s (%s).", self.label, done + 1, where, self.files.last)
 
     # Training
 
@@ -174,7 +174,7 @@ class FoldRun:
                 if self._finished():
                     break
         if self.progress.epoch < options.num_epoch:
-            log.info("%s: stopped early behind epoch %d.", self.label, self.progress.epoch)
+            log.info("%s: stopped early after epoch %d.", self.label, self.progress.epoch)
 
     def _one_epoch(self, epoch: int, batches: Iterator[Bags], stream: TrainStream) -> dict[str, Any]:
         if self.progress.trained is None:
@@ -268,7 +268,7 @@ class FoldRun:
     # Going on later
 
     def _heed_wishes(self, step: int, meters: EpochMeters) -> None:
-        """Behind an update: saves when it is time, or when a process was asked to stop."""
+        """After an update: saves when it is time, or when a process was asked to stop."""
         minutes = self.setup.config.run.save_every_min
         due = self.processes.is_main and minutes > 0 and time.monotonic() - self._saved_at > 60 * minutes
         wish = self._poll.ask(STOP if self.processes.stop.by else SAVE if due else GO_ON)
@@ -294,7 +294,7 @@ class FoldRun:
         by = next((by for by in self.processes.gather(self.processes.stop.by) if by), "a signal")
         anew = " without --resume=never" if self.setup.config.run.resume == "never" else ""
         log.info(
-            "%s: %s: saved behind %s in %s. The same command%s goes on from there. Exit status %d.",
+            "%s: %s: saved after %s in %s. The same command%s goes on from there. Exit status %d.",
             self.label,
             by,
             where,

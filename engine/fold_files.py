@@ -1,6 +1,6 @@
 """The checkpoints of one fold: the last state, the best weights, and copies on request.
 
-``fold_<k>_last.pt`` is written first and the best weights behind it. A run that is killed in between writes the best
+``fold_<k>_last.pt`` is written first and the best weights after it. A run that is killed in between writes the best
 weights again when it goes on, because the state that it goes on from then holds exactly these weights.
 """
 
@@ -121,7 +121,7 @@ class FoldFiles:
             checkpoint.save(self.last, state)
 
     def save_behind_epoch(self, learner: Learner, epoch: int, best: Iterable[str]) -> None:
-        """Writes the files that come behind ``last``: the weights in ``best``, and the copy of every nth epoch."""
+        """Writes the files that come after ``last``: the weights in ``best``, and the copy of every nth epoch."""
         if not self.processes.is_main:
             return
         for name in best:

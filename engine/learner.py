@@ -79,7 +79,7 @@ class Learner:
     def _distributed(self, model: SlideModel) -> SlideModel | DistributedDataParallel:
         device = self.processes.device
         ids = [device.index] if device.type == "cuda" else None
-        # Behind its first step DDP groups the gradients anew, unless it looks for unused parameters. Sums over three
+        # After its first step DDP groups the gradients anew, unless it looks for unused parameters. Sums over three
         # processes and more then have another order, so a run that goes on would differ in the last bit.
         return DistributedDataParallel(
             model, device_ids=ids, broadcast_buffers=False, find_unused_parameters=self.options.deter_algo
@@ -151,7 +151,7 @@ class Learner:
             self.ema.update(self.model)
 
     def end_epoch(self, epoch: int) -> None:
-        """Advances the schedule behind ``epoch`` (counted from 0)."""
+        """Advances the schedule after ``epoch`` (counted from 0)."""
         if self.schedule is not None:
             self.schedule.step(epoch + 1)
 

@@ -45,7 +45,7 @@ def parameter_groups(model: nn.Module, options: TrainConfig) -> list[dict[str, A
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, options: TrainConfig) -> Scheduler | None:
-    """The schedule, advanced with ``schedule.step(epoch + 1)`` behind each epoch; None for a constant rate.
+    """The schedule, advanced with ``schedule.step(epoch + 1)`` after each epoch; None for a constant rate.
 
     Warm-up counts inside the total: the first epoch runs at ``warmup_lr``, and the peak lies on the cosine.
     """

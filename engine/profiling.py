@@ -15,7 +15,7 @@ WARM_STEPS, TRACED_STEPS = 3, 4
 
 
 class StepTrace:
-    """Traces ``TRACED_STEPS`` steps behind the first ``WARM_STEPS``; does nothing without a path.
+    """Traces ``TRACED_STEPS`` steps after the first ``WARM_STEPS``; does nothing without a path.
 
     Args:
         path: the JSON file to write; None traces nothing.
@@ -35,12 +35,12 @@ class StepTrace:
         log.info("%d steps are traced in %s; open it in https://ui.perfetto.dev.", TRACED_STEPS, self._path)
 
     def step(self) -> None:
-        """Called behind every step."""
+        """Called after every step."""
         if self._profile is not None:
             self._profile.step()
 
     def close(self) -> None:
-        """Called behind the last step of an epoch; a short epoch's trace is written with the steps that it has."""
+        """Called after the last step of an epoch; a short epoch's trace is written with the steps that it has."""
         if self._profile is not None:
             self._profile.stop()
             self._profile = None

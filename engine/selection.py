@@ -30,11 +30,11 @@ class Best:
 
 @dataclass
 class EarlyStopping:
-    """Stops after ``patience`` epochs without an equal or better value, but not before ``earliest`` epochs.
+    """Stops after ``patience`` epochs without an equal or better value, but not before ``earliest + 2`` epochs.
 
     Attributes:
         patience: epochs without improvement.
-        earliest: number of epochs that are always trained.
+        earliest: the published limit: epochs are counted from 0, and the first one above it may be the last.
         enabled: False never stops.
     """
 
@@ -52,13 +52,13 @@ class EarlyStopping:
             self.waited += 1
 
     def should_stop(self, epoch: int) -> bool:
-        """Whether training ends behind ``epoch`` (counted from 0)."""
+        """Whether training ends after ``epoch`` (counted from 0)."""
         return self.enabled and self.waited >= self.patience and epoch > self.earliest
 
 
 @dataclass
 class Progress:
-    """What the loop knows of its past: enough to go on behind the last finished epoch.
+    """What the loop knows of its past: enough to go on after the last finished epoch.
 
     Attributes:
         epoch: epochs that are finished.
@@ -76,7 +76,7 @@ class Progress:
 
     @property
     def between_epochs(self) -> bool:
-        """Whether the weights are those behind the last finished epoch."""
+        """Whether the weights are those after the last finished epoch."""
         return self.step == 0 and self.trained is None
 
     def finish_epoch(self) -> None:

@@ -165,7 +165,7 @@ def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Rend
         trains = setup.config.run.script_mode != "test"
         encoder = build_encoder(setup.encoder, pretrained=trains and options.enc_pt and options.enc_init is None)
         if trains and options.enc_init is not None:
-            log.info("%s", load_encoder_weights(encoder, options.enc_init, fold))
+            load_encoder_weights(encoder, options.enc_init, fold)
         encoder.fused_stem = encoder.fused_stem and train.fused_stem
         width = encoder.width
         renderer = Renderer(setup.config.data.crop_size, encoder.mean, encoder.std, channels_last=train.channels_last)

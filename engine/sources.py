@@ -64,10 +64,6 @@ def check_paths(data: DataConfig, pixels: bool, faults: Faults) -> None:
         )
     if data.mul_scale_input and not data.dataset_sub_root:
         faults.add("mul_scale_input needs --dataset_sub_root, the store of the low magnification")
-    if data.mul_scale_ratio < 1:
-        faults.add(
-            f"mul_scale_ratio is {data.mul_scale_ratio:g}: the low-magnification share is 1 / ratio, so at least 1"
-        )
     for name, remedy in FEATURES_ONLY.items() if pixels else ():
         if getattr(data, name) != getattr(DataConfig(), name):
             faults.add(f"{name} is for features, and this model takes patches: {remedy}. Remove --{name}")

@@ -158,7 +158,7 @@ def published_key(name: str) -> str:
 
 
 def epoch_values(fold: int, history: Sequence[Values], selection: str) -> dict[str, Any]:
-    """What is tracked behind an epoch.
+    """What is tracked after an epoch.
 
     Args:
         fold: number of the fold.

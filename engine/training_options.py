@@ -1,4 +1,4 @@
-"""Numbers among the training options that cannot be, found before anything is read."""
+"""Training options that do not go together, or have no effect beside others, found before anything is read."""
 
 from __future__ import annotations
 
@@ -9,47 +9,14 @@ from utils.errors import Faults
 
 log = logging.getLogger(__name__)
 
-AT_LEAST_ONE = (
-    "num_epoch",
-    "batch_size",
-    "accumulation_steps",
-    "p_batch_size",
-    "p_batch_size_v",
-    "log_iter",
-    "crop_size",
-)
-POSITIVE = ("lr", "encoder_lr", "clip_grad")
-NOT_NEGATIVE = (
-    "weight_decay",
-    "warmup_epochs",
-    "warmup_lr",
-    "patient",
-    "same_psize",
-    "num_workers",
-    "save_every_min",
-    "full_bag_keep",
-    "seed",
-)
-
 
 def check_training_options(config: Config) -> None:
-    """Refuses numbers out of range.
+    """Refuses options that do not go together, and warns of those without effect.
 
     Raises:
-        UserError: naming all of them with their limits.
+        UserError: naming all of them.
     """
-    values = config.flat()
     faults = Faults("training options")
-    for names, fits, limit in (
-        (AT_LEAST_ONE, lambda v: v >= 1, "must be at least 1"),
-        (POSITIVE, lambda v: v > 0, "must be above 0"),
-        (NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
-    ):
-        for name in names:
-            if values[name] is not None and not fits(values[name]):
-                faults.add(f"{name} is {values[name]}, but {limit}")
-    if not 0 <= config.train.mm < 1:
-        faults.add(f"mm is {config.train.mm}, but the decay of the EMA lies between 0 and 1")
     if config.train.warmup_epochs >= config.train.num_epoch > 0 and config.train.lr_sche != "const":
         # No fault: published recipes with a warm-up are tried out with --num_epoch=1.
         log.warning(

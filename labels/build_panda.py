@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # before an installed package "datasets"
 
 from datasets.labels.match import stem  # noqa: E402
 from labels.tables import Dropped, divide, numbers, read_records, require, run, write_rows  # noqa: E402

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # before an installed package "datasets"
 
 from labels.clinical import Patient, read_patients  # noqa: E402
 from labels.tables import (  # noqa: E402

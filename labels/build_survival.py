@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # before an installed package "datasets"
 
 from datasets.labels.survival_bins import bin_of, cut_edges  # noqa: E402
 from labels.clinical import Patient, read_patients  # noqa: E402

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -180,23 +181,24 @@ class DAttentionX(nn.Module):
     Args:
         input_dim: C, width of an instance.
         n_classes: K, number of logits.
-        dropout: rate behind the input projection.
-        act: activation behind the input projection: "gelu", "relu" or "none".
+        dropout: rate after the input projection.
+        act: activation after the input projection: "gelu", "relu" or "none".
         mil_norm: "ln" or "bn" normalises the input and the bag feature; None or "none" neither.
         mil_bias: biases in the input projection, norms, output projection, FFN and classifier.
         inner_dim: E, a multiple of ``n_heads``.
         n_heads: m.
-        proj_drop: dropout rate behind the output projection.
+        proj_drop: dropout rate after the output projection.
         D: hidden width of the score MLP: above 10 a width, which the heads divide; else a divisor of d.
         attn_type: score MLP, "mlp" or "mlp_gated".
         attn_bias: biases in the score MLP.
         attn_plus: A+ on; off leaves multi-head attention pooling (MHLA).
-        ffn: feed-forward block on the bag feature, behind a norm of its own.
+        ffn: feed-forward block on the bag feature, after a norm of its own.
         sdpa_type: kernel of A+: "torch" picks the best there is, "flash" and "memo_effi" name one ("flash"
             falls back where it cannot run), "math" and "torch_math" build the N x N matrix.
-        pad_v, ignored: without effect; V is padded wherever a kernel needs it, and the values are the same.
+        pad_v: without effect; V is padded wherever a kernel needs it, and the values are the same.
         attn_plus_embed_new: one score MLP on the whole feature gives m scores; Q and K see all of it too.
         alpha_init: start of alpha, or "normal": a draw from N(0, 1) as in the published code.
+        ignored: other arguments, which the published class takes; a warning names them.
 
     Weights of the published code load with ``strict=True`` and compute what they computed there: see
     ``_load_from_state_dict``. Raises ValueError for arguments that do not fit.
@@ -225,6 +227,9 @@ class DAttentionX(nn.Module):
         **ignored: Any,
     ) -> None:
         super().__init__()
+        if ignored:
+            names = ", ".join(sorted(ignored))
+            warnings.warn(f"DAttentionX goes on without {names}; help(DAttentionX) has its arguments.", stacklevel=2)
         mil_norm = None if mil_norm == "none" else mil_norm
         _one_of("act", act, ACTIVATIONS)
         _one_of("mil_norm", mil_norm or "none", ("ln", "bn", "none"))

@@ -24,7 +24,7 @@ require_triton()
 
 @triton.jit
 def _tile(base, start, stride, count, SIZE: tl.constexpr, D: tl.constexpr, TAIL: tl.constexpr):
-    """Rows start.. of a (count, D) matrix, as (SIZE, D), zero behind its end."""
+    """Rows start.. of a (count, D) matrix, as (SIZE, D), zero after its end."""
     rows = start + tl.arange(0, SIZE)
     at = base + rows[:, None].to(tl.int64) * stride + tl.arange(0, D)[None, :]
     if TAIL:

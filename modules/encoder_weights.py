@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 CONTAINERS = ("state_dict", "model", "teacher")
 """Keys under which a checkpoint keeps its weights."""
@@ -73,7 +73,7 @@ def load_encoder_weights(encoder: nn.Module, path: str | Path, fold: int | None 
         missing=tuple(sorted(counted - given.keys())),
         unexpected=tuple(sorted(given.keys() - own.keys())),
     )
-    logger.log(logging.WARNING if report.missing else logging.INFO, "%s: %s", file, report)
+    log.log(logging.WARNING if report.missing else logging.INFO, "%s: %s", file, report)
     return report
 
 

@@ -11,7 +11,7 @@ O_i its result and s_i the softmax denominator (zero for rows that a head skips)
     O = sum_i s_i O_i / sum_i s_i                                                 (LongNet, eq. 10 and 11)
 
 A layer is x + MSA(LN(x)), then x + MLP(LN(x)), with a LayerNorm before each output projection too. The
-logits come from the class token behind a last LayerNorm. The published size, 86 M parameters on 1536
+logits come from the class token after a last LayerNorm. The published size, 86 M parameters on 1536
 features, is inner_dim 768, n_layers 12, n_heads 16, pos sincos; the options set it. The result depends on
 the order of the patches.
 
@@ -121,7 +121,7 @@ class Dilation:
         self.offsets = self.heads % ratio
 
     def take(self, x: Tensor) -> Tensor:
-        """(B, H, N, e) to what each head sees, (H, B, S, m, e); zero behind the end."""
+        """(B, H, N, e) to what each head sees, (H, B, S, m, e); zero after the end."""
         x = F.pad(x, (0, 0, 0, self.segments * self.segment - self.count)).unflatten(2, (self.segments, -1))
         x = F.pad(x, (0, 0, 0, self.rows * self.ratio - self.segment)).unflatten(3, (self.rows, self.ratio))
         return x[:, self.heads, :, :, self.offsets]

@@ -1,4 +1,4 @@
-"""The table of MIL heads: every name that ``--model`` accepts behind ``e2e_<encoder>_`` or alone.
+"""The table of MIL heads: every name that ``--model`` accepts after ``e2e_<encoder>_`` or alone.
 
 A head is ``head(x, mask=None, *, pos=None) -> logits``: x (B, N, D) or (N, D), mask (B, N) True where there
 is a patch, pos (B, N, 2) grid columns and rows. What a head may have besides:
@@ -94,19 +94,9 @@ def abmilx(input_dim: int, n_classes: int, options: ModelConfig) -> nn.Module:
         attn_plus=options.abx_attn_plus,
         ffn=options.ffn,
         sdpa_type=options.sdpa_type,
-        pad_v=options.abx_pad_v,
         attn_plus_embed_new=options.abx_attn_plus_embed_new,
-        alpha_init=_alpha_init(options.abx_alpha_init),
+        alpha_init=options.abx_alpha_init,
     )
-
-
-def _alpha_init(text: str) -> float | str:
-    if text == "normal":
-        return text
-    try:
-        return float(text)
-    except ValueError as error:
-        raise UserError(f"--abx_alpha_init={text} is neither a number nor 'normal'") from error
 
 
 @register_mil("clam_sb", "gated attention with instance clustering, one branch (CLAM, Lu 2021)")

@@ -147,7 +147,7 @@ class Mamba2DMIL(nn.Module):
         self.block.start()
 
     def _scan(self, h: Tensor, pos: Tensor | None) -> Tensor:
-        """One bag's embeddings (N, C) behind the block."""
+        """One bag's embeddings (N, C) after the block."""
         if pos is None:
             cells, side = torch.arange(len(h), device=h.device), square_side(len(h))
             rows, columns = -(-len(h) // side), side

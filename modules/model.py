@@ -1,6 +1,6 @@
 """The model of a slide: an optional patch encoder and a MIL head, joined over bags of unequal length.
 
-Shapes: B bags, P instances of all bags one behind another, N instances of the longest bag, D feature width, K outputs.
+Shapes: B bags, P instances of all bags one after another, N instances of the longest bag, D feature width, K outputs.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def bare_name(name: str) -> str:
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module | None) -> Iterator[None]:
-    """BatchNorm layers normalise by the batch as before, and their running statistics are put back behind the block."""
+    """BatchNorm layers normalise by the batch as before, and their running statistics are put back after the block."""
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm)] if model else []
     kinds: dict[torch.dtype, list[Tensor]] = {}
     for buffer in (b for layer in layers for b in layer.buffers(recurse=False)):

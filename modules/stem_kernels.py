@@ -6,11 +6,11 @@ with BatchNorm and a maximum over 3 x 3 with stride 2 and padding 1. All images 
 z (P, A, B, C) with A = ceil(H / 2), B = ceil(W / 2), y (P, ceil(A / 2), ceil(B / 2), C).
 
 The convolution is a matrix product. A row of the kernel covers 7 pixels, that is 21 consecutive numbers of x; with one
-more in front, so that they start at an even place, and 10 behind, they are a row of 32. ``w`` is (8 * 32, C), zero
+more in front, so that they start at an even place, and 10 after, they are a row of 32. ``w`` is (8 * 32, C), zero
 where there is no weight. What lies beside the 21 numbers is multiplied by zero, so x must be finite.
 
 A maximum is remembered by its place in its window, 0 to 8, or ``NONE`` where it is not positive: there the gradient of
-ReLU is zero. The gradient d behind ReLU is gathered: the four pixels (2i, 2j) to (2i + 1, 2j + 1) lie in no other
+ReLU is zero. The gradient d after ReLU is gathered: the four pixels (2i, 2j) to (2i + 1, 2j + 1) lie in no other
 windows than (i, j), (i, j + 1), (i + 1, j) and (i + 1, j + 1). With x^ = (z - mean) rstd and n pixels,
 
     dz = weight rstd (d - sum(d) / n - x^ sum(d x^) / n),  dweight = sum(d x^),  dbias = sum(d).
@@ -154,7 +154,7 @@ def pool(
 
 @triton.jit
 def _window(grad, where, i, j, PA: tl.constexpr, PB: tl.constexpr, C: tl.constexpr):
-    """Gradient of windows (i, j) and the places of their maxima; none behind the last row and column."""
+    """Gradient of windows (i, j) and the places of their maxima; none after the last row and column."""
     inside = ((i < PA) & (j < PB))[:, None]
     at = (i * PB + j)[:, None] * C + tl.arange(0, C)[None, :]
     slope = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)

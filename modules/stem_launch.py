@@ -52,7 +52,7 @@ Maps = tuple[Tensor, Tensor, Tensor]
 """The gradient of y, the places of the maxima, and z."""
 
 Sums = tuple[Tensor, Tensor]
-"""Sums over all pixels, or means: of the gradient d behind ReLU, and of d x^."""
+"""Sums over all pixels, or means: of the gradient d after ReLU, and of d x^."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class JoinedBatchNorm(_BatchNorm):
     Every process must call the layer, and its backward pass, equally often and in the same order.
 
     Attributes:
-        drop, act: what a timm layer that joins norm and activation does behind the norm.
+        drop, act: what a timm layer that joins norm and activation does after the norm.
         compiled: whether any process may run it in a compiled graph. Then all exchange what such a graph does, also
             one that runs it uncompiled, for it has no rows.
     """
@@ -202,7 +202,7 @@ def _stored(value: Tensor) -> Tensor:
 
 
 def _in_type(value: Tensor, kind: torch.dtype) -> Tensor:
-    """As ``value.to(kind)``; behind a conversion that changes nothing torch.compile (2.11) loses the gradient."""
+    """As ``value.to(kind)``; after a conversion that changes nothing torch.compile (2.11) loses the gradient."""
     return value if value.dtype == kind else value.to(kind)
 
 

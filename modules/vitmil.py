@@ -8,7 +8,7 @@ asks for it.
     logits = W LN(H)_cls
 
 Position codes: 'none'; 'sincos', sines and cosines of the grid column and row of each patch, added at the
-input; 'ppeg', the convolutions of TransMIL behind the first layer, which take the list order for reading
+input; 'ppeg', the convolutions of TransMIL after the first layer, which take the list order for reading
 order. Pooling: 'cls_token'; 'mean' or 'attn' over the patches (there is then no class token).
 
 Different on purpose: attention runs fused, in memory linear in N; any number of layers; 'sincos' without
@@ -177,7 +177,7 @@ class ViTMIL(nn.Module):
         return h, mask
 
     def _transform(self, h: Tensor, mask: Tensor | None, last: int) -> Tensor:
-        """The tokens behind ``last`` layers."""
+        """The tokens after ``last`` layers."""
         for index, layer in enumerate(self.layers[:last]):
             h = layer(h, mask)
             if index == 0 and self.ppeg is not None:

@@ -220,6 +220,12 @@ def test_published_ffn_weights_load_inside_another_module() -> None:
     torch.testing.assert_close(whole["mil"](bag)[0], reference(random_weights(o), o, bag)[0])
 
 
+def test_arguments_of_other_models_are_named_and_change_nothing() -> None:
+    with pytest.warns(UserWarning, match="goes on without foo, nheads"):
+        model = DAttentionX(INPUT, CLASSES, inner_dim=INNER, nheads=2, foo=1)
+    assert model.n_heads == 8
+
+
 @pytest.mark.parametrize("name", ["readme", "off", "gated", "embed", "ffn-ln", "one-head"])
 def test_padded_batch_equals_bags_one_by_one(name: str) -> None:
     model = loaded(VARIANTS[name])

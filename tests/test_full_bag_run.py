@@ -94,7 +94,7 @@ def test_killed_runs_go_on_to_the_same_end(tiny: TinyCohort, tmp_path: Path) -> 
     train(tiny.options(*more), 1, whole)
     assert kill_until_done(killed, tiny.options(*more, f"--output_path={killed}")) >= 1
     assert_same_run(whole, killed)
-    assert "behind step" in log_of(killed)
+    assert "after step" in log_of(killed)
 
 
 def test_what_the_device_keeps_may_change_when_a_run_goes_on(tiny: TinyCohort, tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_layer_fits_every_end_to_end_recipe(recipe: Path) -> None:
         ("--grad_checkpointing", "remove --grad_checkpointing"),
         ("--torchcompile --torchcompile_mode=max-autotune", "give --torchcompile_mode=default"),
         ("--model=abmilx", "give a model e2e_<encoder>_<mil>"),
-        ("--full_bag_keep=-1", "full_bag_keep is -1, but must not be negative"),
+        ("--full_bag_keep=-1", "full_bag_keep is -1, but must be at least 0"),
         ("--no_full_bag --full_bag_keep=5", "nothing is kept without --full_bag"),
     ],
 )

@@ -289,7 +289,7 @@ def test_a_signal_is_a_wish_and_handlers_come_back() -> None:
     stop = StopRequest()
     with stop.listening():
         os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)  # at once behind another signal: not a second Ctrl-C
+        os.kill(os.getpid(), signal.SIGINT)  # at once after another signal: not a second Ctrl-C
         assert stop.by == "SIGTERM"
         stop._since -= 10
         with pytest.raises(KeyboardInterrupt):

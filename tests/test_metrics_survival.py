@@ -76,7 +76,7 @@ def test_without_censoring_the_weights_are_one() -> None:
 
 
 def test_follow_up_beyond_the_training_patients_is_cut() -> None:
-    """The library refuses such a set; what happens behind the cut does not count."""
+    """The library refuses such a set; what happens after the cut does not count."""
     risk, time, event = cohort(80)
     _, train_time, train_event = cohort(100, seed=3)
     end = float(np.quantile(train_time, 0.7))

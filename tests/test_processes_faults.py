@@ -57,7 +57,7 @@ def give_other_input(labels: str, rank: int) -> None:
 
 
 def plant(kind: str, phase: str, on_rank: int, rank: int) -> None:
-    """Makes this process fail in the second training step, or behind the first part of a validation or test."""
+    """Makes this process fail in the second training step, or after the first part of a validation or test."""
     from engine.learner import Learner
     from engine.validation import Evaluator
 

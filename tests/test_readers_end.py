@@ -1,4 +1,4 @@
-"""Behind an error that nobody expected, the reading processes end with the program, and the program ends."""
+"""After an error that nobody expected, the reading processes end with the program, and the program ends."""
 
 from __future__ import annotations
 

@@ -38,7 +38,6 @@ def test_end_to_end_recipes_have_the_published_values(name: str) -> None:
     assert {k: values[k] for k in shared} == shared
     on = (
         "image_input",
-        "lmdb",
         "mul_scale_input",
         "channels_last",
         "abx_attn_plus",
@@ -99,6 +98,39 @@ def test_options_of_other_programs_lead_to_ours(given: str, meant: str) -> None:
     with pytest.raises(UserError) as caught:
         parse([given])
     assert meant in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("--max_patch_train=-3", "max_patch_train is -3, but must be at least 1"),
+        ("--attn_dropout=2", "attn_dropout is 2.0, but must be at most 1"),
+        ("--ffn_ratio=-1", "ffn_ratio is -1.0, but must be above 0"),
+        ("--mm=1", "mm is 1.0, but must be below 1"),
+        ("--lr=inf", "'inf' is not a number"),
+        ("--main_alpha=nan", "'nan' is not a number"),
+        ("--batch_size=inf", "'inf' is not a whole number"),
+        ("--batch_size=2.5", "'2.5' is not a whole number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_with_their_limit(given: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse([given])
+    assert sentence in str(caught.value)
+
+
+def test_whole_numbers_stay_exact() -> None:
+    config, _ = parse(["--seed=9007199254740993", "--num_epoch=2e1", "--patient=3.0"])
+    assert (config.train.seed, config.train.num_epoch, config.train.patient) == (9007199254740993, 20, 3)
+
+
+def test_yaml_that_is_no_option_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "keys.yaml").write_text("2: 2\non: 3\n", encoding="utf-8")
+    (tmp_path / "latin.yaml").write_bytes("title: Übung\n".encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        parse(["-c", f"{tmp_path / 'keys.yaml'},{tmp_path / 'latin.yaml'}"])
+    for part in ("there is no option '2'", "there is no option 'True'", "latin.yaml: cannot be read as YAML in UTF-8"):
+        assert part in str(caught.value)
 
 
 def test_aliases_are_no_options_and_mean_some() -> None:

@@ -174,7 +174,7 @@ README = {
         --csv_path=labels/panda.csv --model=abmil -c=config/feat/fm_panda.yaml
         --title=panda_feat_abmil --wandb""",
 }
-"""What stands behind ``train_dist.sh 2`` and ``train.sh`` in the published README."""
+"""What stands after ``train_dist.sh 2`` and ``train.sh`` in the published README."""
 
 
 @pytest.fixture

@@ -92,7 +92,7 @@ def test_folds_with_ema_and_accumulation_killed_at_random(tiny: TinyCohort, tmp_
     assert Job(options(tiny, whole, *extra)).wait() == [0]
     assert kill_until_done(killed, options(tiny, killed, *extra)) >= 2
     assert_same_run(whole, killed)
-    assert "behind step" in log_of(killed)
+    assert "after step" in log_of(killed)
     assert "fold 1/2: all 3 epochs are trained already" in log_of(killed)
 
 
@@ -117,7 +117,7 @@ def test_a_run_asked_to_stop_saves_its_step_and_answers_75(
     assert job.wait() == [75] * world
     state = torch.load(folder(tmp_path) / "fold_0_last.pt", weights_only=True)
     assert state["progress"]["epoch"] >= 1
-    assert f"{by.name}: saved behind" in log_of(tmp_path)
+    assert f"{by.name}: saved after" in log_of(tmp_path)
 
 
 def test_a_stopped_run_that_began_anew_goes_on_without_old_folds(tiny: TinyCohort, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_to_the_same_end(tiny, tmp_path):
     process.wait()
     assert last_weights(tmp_path / "killed")["progress"]["epoch"] < 4
     again = command_line([*options, f"--output_path={tmp_path / 'killed'}"])
-    assert "goes on behind epoch" in again.communicate()[1]
+    assert "goes on after epoch" in again.communicate()[1]
     whole.communicate()
     assert (whole.returncode, again.returncode) == (0, 0)
     assert_same_run(tmp_path / "whole", tmp_path / "killed")

@@ -188,7 +188,7 @@ def test_one_machine_that_is_asked_to_stop_stops_all(tiny: TinyCohort, tmp_path:
     wait_for_state(tmp_path, runs[0])
     runs[1].send_signal(signal.SIGUSR1)
     assert [status for status, _ in end(runs)] == [75, 75]
-    assert "saved behind" in (folder(tmp_path) / "log.txt").read_text()
+    assert "saved after" in (folder(tmp_path) / "log.txt").read_text()
 
 
 @pytest.mark.slow

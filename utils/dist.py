@@ -122,7 +122,7 @@ def processes(device: str = "auto", timeout_minutes: int = 30) -> Iterator[Proce
         except BaseException:  # readers that wait for a buffer would keep the program alive; raised again
             _end_reading_processes()
             raise
-    if world > 1:  # not behind an exception: the peers would be waited for, and torchrun is about to end them
+    if world > 1:  # not after an exception: the peers would be waited for, and torchrun is about to end them
         dist.destroy_process_group()
 
 
@@ -145,7 +145,7 @@ def planned_processes(argv: Sequence[str]) -> tuple[int, list[str]]:
 
 
 def _end_reading_processes() -> None:
-    """They ignore SIGTERM, with which Python ends them when it exits: behind an error it would wait for ever."""
+    """They ignore SIGTERM, with which Python ends them when it exits: after an error it would wait for ever."""
     if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise an error of its own about their end
     for child in multiprocessing.active_children():

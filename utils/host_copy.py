@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class HostCopy:
-    """A number on its way from the device: asking for it waits for what was queued before it, not for what came behind.
+    """A number on its way from the device: asking for it waits for what was queued before it, not for what came after.
 
     ``float(tensor)`` would wait for all work that is queued, and the device would idle while the next step is launched.
 

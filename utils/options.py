@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -12,15 +13,17 @@ from typing import Any
 
 import yaml
 
-from utils.config import GROUPS, Config
+from utils.config import GROUPS, Config, Limits
 from utils.errors import Faults, did_you_mean
 
 ALWAYS_DONE = {
+    "lmdb": "patches always come from an LMDB store",
+    "abx_pad_v": "V is padded wherever a kernel needs it, and the values are the same",
     "load_gpu_later": "evaluation always moves patches to the device chunk by chunk",
     "prefetch": "batches are always prepared ahead",
     "prefetch_test": "batches are always prepared ahead",
     "ddp_broad_buf": "buffers are averaged by SyncBN or kept per process; nothing is broadcast",
-    "reduce_bn": "BatchNorm statistics are averaged over the processes behind every epoch",
+    "reduce_bn": "BatchNorm statistics are averaged over the processes after every epoch",
     "log": "checkpoints are always written and the best one is always tested",
     "amp_unscale": "the gradient scaler is used with fp16 only",
     "local_rank": "the environment that torchrun sets says which process this is",
@@ -111,7 +114,7 @@ _FALSE = {"false", "0", "no", "off"}
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """One option: its group, type, default, help and choices, read off the dataclass."""
+    """One option: its group, type, default, help and valid values, read off the dataclass."""
 
     name: str
     group: str
@@ -120,6 +123,7 @@ class Field:
     default: Any
     help: str
     choices: tuple[str, ...]
+    limits: Limits
 
 
 def _fields() -> dict[str, Field]:
@@ -130,8 +134,7 @@ def _fields() -> dict[str, Field]:
             hint = hints[f.name]
             optional = isinstance(hint, types.UnionType)
             kind = next(t for t in typing.get_args(hint) if t is not type(None)) if optional else hint
-            choices = f.metadata["choices"]
-            table[f.name] = Field(f.name, group, kind, optional, f.default, f.metadata["help"], choices)
+            table[f.name] = Field(f.name, group, kind, optional, f.default, **f.metadata)
     return table
 
 
@@ -198,8 +201,8 @@ def _read_yaml(path: Path, faults: Faults) -> dict[str, Any]:
         return {}
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        faults.add(f"-c {path}: not valid YAML: {error}")
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        faults.add(f"-c {path}: cannot be read as YAML in UTF-8: {error}")
         return {}
     if content is None:
         return {}
@@ -212,7 +215,7 @@ def _read_yaml(path: Path, faults: Faults) -> dict[str, Any]:
 def _typed(layer: dict[str, Any], source: str, faults: Faults, notes: list[str]) -> dict[str, Any]:
     """Converts one layer of options; records unknown names and wrong values in ``faults``."""
     values: dict[str, Any] = {}
-    for key, raw in layer.items():
+    for key, raw in ((str(name), value) for name, value in layer.items()):
         key, raw = PUBLISHED_VALUES.get((key, str(raw)), (key, raw))
         bare = key[3:] if key.startswith("no_") and key not in FIELDS else key
         if bare in ALWAYS_DONE or (bare == key and str(raw).lower() in HARMLESS_VALUES.get(bare, ())):
@@ -244,6 +247,10 @@ def _convert(f: Field, raw: Any, where: str, negated: bool, faults: Faults) -> d
     if f.choices and value not in f.choices:
         faults.add(f"{where}: {value!r} is not one of {', '.join(f.choices)}.{did_you_mean(value, f.choices)}")
         return {}
+    limit = f.limits.fault(value) if f.kind in (int, float) else None
+    if limit is not None:
+        faults.add(f"{where} is {value}, but {limit} ({f.help})")
+        return {}
     return {f.name: not value if negated else value}
 
 
@@ -256,12 +263,14 @@ def _cast(kind: type, raw: Any) -> Any:
         raise ValueError
     if isinstance(raw, (dict, list)):
         raise ValueError
-    if kind is int:
-        number = float(raw)
-        if number != int(number):
-            raise ValueError
-        return int(number)
-    return float(raw) if kind is float else str(raw)
+    if kind is str:
+        return str(raw)
+    if kind is int and str(raw).lstrip("+-").isdecimal():  # exact, however long
+        return int(raw)
+    number = float(raw)
+    if not math.isfinite(number) or (kind is int and not number.is_integer()):
+        raise ValueError
+    return kind(number)
 
 
 def _expected(kind: type) -> str:

@@ -1,7 +1,7 @@
 """From the planes of 4:2:0 JPEGs to RGB, to the bit as libjpeg does it by default.
 
 Chroma has half of the resolution and is interpolated by a triangle filter, 3/4 of the nearer sample and 1/4 of the
-further one, first along columns and then along rows, in integers; samples behind an edge repeat the edge. Then R =
+further one, first along columns and then along rows, in integers; samples after an edge repeat the edge. Then R =
 Y + 1.402 Cr, G = Y - 0.34414 Cb - 0.71414 Cr, B = Y + 1.772 Cb (JFIF 1.02), in 16-bit fixed point.
 
 On a GPU with Triton one kernel (``datasets.gpu_jpeg.planes_triton``) does it.

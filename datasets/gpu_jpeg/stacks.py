@@ -2,12 +2,12 @@
 
 What an engine does for an image besides decoding takes longer than decoding 256 x 256 px. The entropy-coded data of
 baseline JPEGs that agree in size, quantisation, Huffman tables and sampling can be joined without being decoded: with a
-restart marker behind each patch (ITU-T T.81, B.1.3 and E.1.4) they are one JPEG, as tall as all of them, in which the
+restart marker after each patch (ITU-T T.81, B.1.3 and E.1.4) they are one JPEG, as tall as all of them, in which the
 DC prediction begins anew at every patch. Each patch has the pixels that it had alone, but for the chroma at its upper
 and lower edge, which a decoder would interpolate across; so planes are taken from a stack, and never RGB
 (``datasets.gpu_jpeg.planes``).
 
-A batch travels as rows of bytes, (R, W) uint8: R images, stacks or single JPEGs, each behind a ``HEAD``.
+A batch travels as rows of bytes, (R, W) uint8: R images, stacks or single JPEGs, each after a ``HEAD``.
 
 Shapes: R rows, W bytes of the longest row, P patches of all rows, S stored size in px.
 """

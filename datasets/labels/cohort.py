@@ -161,7 +161,7 @@ def _missing_text(table: Table, matches: Matches, matcher: Matcher) -> str:
 
 
 def _spreadsheet_hint(names: list[str], matcher: Matcher) -> str:
-    """What became of names that are slides but for zeros in front or '.0' behind, or nothing."""
+    """What became of names that are slides but for zeros in front or '.0' after, or nothing."""
     pairs = [(name, slide) for name in names for slide in matcher.as_number(name)[:1]]
     if not pairs:
         return ""

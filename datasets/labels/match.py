@@ -3,7 +3,7 @@
 1. The ID, or else each name in the row's WSI list, is a slide's name, exactly or once a file extension (.svs,
    .pt, ...) is removed from either.
 2. An ID that is a TCGA or CPTAC barcode (TCGA-XX-XXXX and longer, C3L-00000) owns the slides whose name goes
-   on with '-' or '.' behind it.
+   on with '-' or '.' after it.
 
 A name that fits several slides, and a slide that fits the IDs of several patients, are faults.
 """
@@ -175,7 +175,7 @@ class Matcher:
 def _rule_notes(table: str, rules: dict[str, int]) -> list[str]:
     texts = {
         "extension": "rows matched a slide after a file extension was removed",
-        "barcode": "rows matched slides by their barcode (names that go on with '-' or '.' behind the ID)",
+        "barcode": "rows matched slides by their barcode (names that go on with '-' or '.' after the ID)",
         "wsi": "rows matched slides by the names in the WSI column",
         "fallback": "rows matched slides by their barcode because none of their WSI names is in the store",
     }

@@ -1,6 +1,6 @@
 """``main.py bench``: measures on the user's own data whether disk, decoding or the device limits training.
 
-The same data, model and step as training, one stage behind another in one run: reading alone, decoding alone, the step
+The same data, model and step as training, one stage after another in one run: reading alone, decoding alone, the step
 on batches that are on the device already, batches that nobody uses, and everything together. ``verdict`` turns
 the figures into advice.
 """
@@ -113,7 +113,7 @@ def _measured(setup: Setup, processes: Processes, records: Records, seconds: flo
 
 
 def measure(setup: Setup, fold: Fold, processes: Processes, seconds: float) -> Figures:
-    """All stages, one behind another. Every process takes part and gets the same figures."""
+    """All stages, one after another. Every process takes part and gets the same figures."""
     share = {stage: part * seconds for stage, part in SHARES.items()}
     supply = _measure_supply(setup, fold, processes, share)
     task = task_builder.build(setup.config, setup.cohort, fold, processes.world)

@@ -114,7 +114,7 @@ class TrainingStages:
         patches = part.instances.to(self.device)
         parts = [dataclasses.replace(part, instances=patches[:size]) for size in sizes]
         for _ in self._pieces_of(first):
-            pass  # the stream goes on behind this batch
+            pass  # the stream goes on after this batch
         return dataclasses.replace(bags, parts=itertools.cycle(parts))
 
     def _warm_up(self, batches: Iterator[Bags], count: int, seconds: float) -> None:
@@ -161,7 +161,7 @@ class TrainingStages:
         return rendering, averaging / whole
 
     def loader(self, seconds: float) -> float:
-        """Batches as training makes them, which nobody uses: instances per second. None is left ready behind it."""
+        """Batches as training makes them, which nobody uses: instances per second. None is left ready after it."""
         begin_stage(self.processes, "batches, nobody using them")
         rest: Iterator[Amount] = iter(())
 
@@ -177,7 +177,7 @@ class TrainingStages:
         return rate
 
     def _pieces_of(self, bags: Bags) -> Iterator[Amount]:
-        """What a batch comes in, one behind another: itself, or parts of whole bags, of which some come twice."""
+        """What a batch comes in, one after another: itself, or parts of whole bags, of which some come twice."""
         count = sum(bags.sizes)
         if not isinstance(bags, FullBags) or self.setup.chunks is None:
             yield Amount(count, 0)
@@ -219,7 +219,7 @@ def evaluation_rate(setup: Setup, fold: Fold, learner: Learner, seconds: float, 
 
     Args:
         setup: options and sources.
-        fold: validation and test bags, one behind another.
+        fold: validation and test bags, one after another.
         learner: the model.
         seconds: about how long; the bag under way is cut off.
         trained: instances per second of training, by which slow devices get smaller parts.

@@ -212,7 +212,7 @@ def flow(pieces: Iterator[Amount], ready: int, together: int, seconds: float) ->
     Args:
         pieces: endless.
         ready: so many may have been prepared beforehand; they do not count.
-        together: pieces that are prepared side by side and so come in one burst; the clock is read behind a burst.
+        together: pieces that are prepared side by side and so come in one burst; the clock is read after a burst.
         seconds: how long.
     """
     begin = time.perf_counter()

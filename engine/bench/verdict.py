@@ -280,7 +280,7 @@ def _features_in_memory(f: Figures) -> Iterator[str]:
 def _about_the_disk(f: Figures, limit: str) -> Iterator[str]:
     s = f.setting
     if s.kept:
-        yield "The features are in memory: the disk plays no part behind the start."
+        yield "The features are in memory: the disk plays no part after the start."
         return
     size = _gib(s.data_bytes)
     if f.supply.read_all.from_disk < FROM_DISK:
