@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -14,11 +13,6 @@ from utils.parent import end_with_parent
 
 J = TypeVar("J")
 R = TypeVar("R")
-
-
-def usable_cpus() -> int:
-    """The cores that this process may use (a job scheduler may grant fewer than there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def over_processes(function: Callable[[J], R], jobs: Sequence[J], workers: int) -> Iterator[tuple[int, R | None]]:

@@ -21,7 +21,7 @@ for _folder in (ROOT / "CLAM", ROOT):
     if str(_folder) not in sys.path[:2]:
         sys.path.insert(1, str(_folder))
 
-from batch import over_processes, usable_cpus  # noqa: E402
+from batch import over_processes  # noqa: E402
 from cohort_page import write_cohort_page  # noqa: E402
 from jobs import OUTPUTS, Job, Outcome, Steps  # noqa: E402
 from leftovers import remove_leftovers  # noqa: E402
@@ -34,6 +34,7 @@ from tqdm import tqdm  # noqa: E402
 from tqdm.contrib.logging import logging_redirect_tqdm  # noqa: E402
 from worklist import choose_rows, read_mpp_csv  # noqa: E402
 
+from utils.cores import usable_cores  # noqa: E402
 from utils.errors import UserError  # noqa: E402
 
 log = logging.getLogger("create_patches_fp")
@@ -71,7 +72,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="truncate a level's downsample (3.99 to 3), as published",
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--workers", type=int, default=usable_cpus(), help="slides at once")
+    run.add_argument("--workers", type=int, default=usable_cores(), help="slides at once")
     run.add_argument("--on_error", choices=("continue", "fail"), default="continue", help="fail: stop at the first")
     run.add_argument("--shard", metavar="I/N", help="do slides I, I+N, ... of the sorted list; I from 0 to N-1")
     _add_params(parser.add_argument_group("parameters (defaults < preset < these < process list)"))

@@ -1,6 +1,6 @@
 """Which corners of a regular grid become patches: exact, vectorised contour tests on whole numbers.
 
-The contour rules are those of published-behaviour section 12: OpenCV's ``pointPolygonTest`` on integer
+The contour rules are those of the published CLAM script: OpenCV's ``pointPolygonTest`` on integer
 polygons. A point-by-point test costs (points x vertices); here each polygon edge is cut with the grid's
 rows once, and the parity of the cuts to the right of every grid point follows from one cumulative sum. All
 arithmetic is on 64-bit integers, so the answer, "on the contour" included, is the one of OpenCV

@@ -1,4 +1,4 @@
-"""Where the tissue is: saturation, median filter, threshold, closing, contours (published-behaviour section 12).
+"""Where the tissue is: saturation, median filter, threshold, closing, contours, as in the published CLAM script.
 
 A level is read block by block, so that the memory is that of its saturation (one byte a pixel) and not of
 its colours. A level above ``MAX_SEGMENT_PX`` is reduced on the way: a slide without a pyramid is segmented

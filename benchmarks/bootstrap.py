@@ -16,9 +16,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.metrics.bootstrap import ClassificationStatistics, Statistics, SurvivalStatistics, bootstrap
-from engine.metrics.classification import classification_metrics
-from engine.metrics.survival import survival_metrics
+from engine.metrics.bootstrap import Statistics, bootstrap
+from engine.metrics.classification import ClassificationStatistics, classification_metrics
+from engine.metrics.survival import SurvivalStatistics, survival_metrics
 
 
 def best_of(times: int, work: Callable[[], object]) -> float:

@@ -39,6 +39,7 @@ for _folder in (ROOT / "CLAM", ROOT):
         sys.path.insert(1, str(_folder))
 
 from datasets import jpeg  # noqa: E402
+from utils.cores import usable_cores  # noqa: E402
 
 Image = NDArray[np.uint8]
 
@@ -276,7 +277,7 @@ def report(limits: list[Measured], runs: list[tuple[Measured, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--workers", type=int, default=usable_cores())
     parser.add_argument("--img_size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(

@@ -41,6 +41,8 @@ from magnification import Request  # noqa: E402
 from one_slide import process  # noqa: E402
 from params import SlideParams, read_preset  # noqa: E402
 
+from utils.cores import usable_cores  # noqa: E402
+
 SIZE_PX = (21_772, 18_268)
 TILE_PX = 256
 DOWNSAMPLES = (1, 4, 16, 64)
@@ -128,7 +130,7 @@ Pieces = list[tuple[Contour, list[Contour]]]
 
 
 def reference_pieces(slide: openslide.OpenSlide, params: SlideParams) -> Pieces:
-    """Contours and holes in level-0 px, by the rules of published-behaviour section 12."""
+    """Contours and holes in level-0 px, by the rules of the published script."""
     level = slide.get_best_level_for_downsample(64)
     image = np.array(slide.read_region((0, 0), level, slide.level_dimensions[level]))
     saturation = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGBA2RGB), cv2.COLOR_RGB2HSV)[:, :, 1]
@@ -234,7 +236,7 @@ def compare(path: Path, folder: Path, repeats: int) -> dict[str, Any]:
         "times_faster_than_one_process": seconds["reference_one_process_s"] / seconds["ours_s"],
         "times_faster_than_0.75_s": 0.75 / seconds["ours_s"],
         "peak_memory_mb": peak,
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": usable_cores(),
     }
 
 
@@ -244,6 +246,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
+    if not (args.slide and args.slide.is_file()) and not real_slide().is_file():
+        print(f"skipped: there is no {real_slide()}. Give --slide, or ABMILX_DATA, the data folder.")
+        return
     with tempfile.TemporaryDirectory() as folder:
         path = args.slide or Path(folder) / "big.tiff"
         if not path.is_file():

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.training import batches_of, make_learner, make_parser, rate, whole_epochs, write_store
+from utils.cores import usable_cores
 from utils.dist import processes
 
 SETTINGS = {"OMP_NUM_THREADS": "8", "CUDA_DEVICE_MAX_CONNECTIONS": "32"}
@@ -95,7 +96,7 @@ def main() -> None:
 
 def report(args: argparse.Namespace, kilobytes: float, found: dict[int, dict[str, float]]) -> None:
     place = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     print(f"{args.encoder}, {kilobytes:.1f} kB JPEGs, {place}, {cores} cores{', SyncBN' if args.sync_bn else ''}")
     print(f"a process: {args.bags} x {args.patches} patches a step, {args.workers} workers")
     least = min(found)

@@ -22,7 +22,6 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 ORDERS = ("rgb", "bgr")
-SHRINKS = (1, 2, 4, 8)
 FRAME_MARKERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 BARE_MARKERS = {0x01, *range(0xD0, 0xD8)}
 Image = NDArray[np.uint8]
@@ -33,13 +32,13 @@ class JpegError(UserError):
 
 
 class Backend(Protocol):
-    """What a codec has to offer; ``bgr`` and ``shrink`` are checked before."""
+    """What a codec has to offer; ``data`` are checked before."""
 
     name: str
 
     def size(self, data: bytes) -> tuple[int, int]: ...
 
-    def decode(self, data: bytes, bgr: bool, shrink: int) -> Image: ...
+    def decode(self, data: bytes, bgr: bool) -> Image: ...
 
     def decode_into(self, data: bytes, bgr: bool, out: Image) -> None: ...
 
@@ -66,9 +65,8 @@ class TurboJpeg:
         width, height = self.codec.decode_header(data)[:2]
         return int(height), int(width)
 
-    def decode(self, data: bytes, bgr: bool, shrink: int) -> Image:
-        factor = None if shrink == 1 else (1, shrink)
-        image: Image = self.codec.decode(data, pixel_format=self._format(bgr), scaling_factor=factor)
+    def decode(self, data: bytes, bgr: bool) -> Image:
+        image: Image = self.codec.decode(data, pixel_format=self._format(bgr))
         return image
 
     def decode_into(self, data: bytes, bgr: bool, out: Image) -> None:
@@ -93,19 +91,8 @@ class SimpleJpeg:
         height, width = self.module.decode_jpeg_header(data)[:2]
         return int(height), int(width)
 
-    def decode(self, data: bytes, bgr: bool, shrink: int) -> Image:
-        limits: dict[str, int] = {}
-        if shrink > 1:
-            height, width = self.size(data)
-            # Only together do the three limits make simplejpeg take exactly this factor.
-            limits = {
-                "min_factor": shrink,
-                "min_height": -(-height // shrink),
-                "min_width": -(-width // shrink),
-            }
-        image: Image = self.module.decode_jpeg(
-            data, "BGR" if bgr else "RGB", fastdct=False, fastupsample=False, **limits
-        )
+    def decode(self, data: bytes, bgr: bool) -> Image:
+        image: Image = self.module.decode_jpeg(data, "BGR" if bgr else "RGB", fastdct=False, fastupsample=False)
         return image
 
     def decode_into(self, data: bytes, bgr: bool, out: Image) -> None:
@@ -116,7 +103,7 @@ class SimpleJpeg:
 
 
 class TorchvisionJpeg:
-    """torchvision's decoder and encoder; no reduced-scale decoding, so ``shrink`` averages blocks."""
+    """torchvision's decoder and encoder."""
 
     name = "torchvision"
 
@@ -134,13 +121,12 @@ class TorchvisionJpeg:
     def size(self, data: bytes) -> tuple[int, int]:
         return _size_in_header(data)
 
-    def decode(self, data: bytes, bgr: bool, shrink: int) -> Image:
+    def decode(self, data: bytes, bgr: bool) -> Image:
         image = self._decode(data)
-        image = _block_mean(image, shrink) if shrink > 1 else image
         return np.ascontiguousarray(image[..., ::-1] if bgr else image)
 
     def decode_into(self, data: bytes, bgr: bool, out: Image) -> None:
-        out[...] = self.decode(data, bgr, 1)
+        out[...] = self.decode(data, bgr)
 
     def encode(self, image: Image, quality: int) -> bytes:
         tensor = self.torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
@@ -166,14 +152,6 @@ def _size_in_header(data: bytes) -> tuple[int, int]:
     raise ValueError("no frame header")
 
 
-def _block_mean(image: Image, shrink: int) -> Image:
-    """Mean of shrink x shrink blocks, the last row and column repeated to whole blocks."""
-    height, width = image.shape[:2]
-    padded = np.pad(image, ((0, -height % shrink), (0, -width % shrink), (0, 0)), mode="edge")
-    blocks = padded.reshape(padded.shape[0] // shrink, shrink, padded.shape[1] // shrink, shrink, 3)
-    return np.rint(blocks.mean((1, 3))).astype(np.uint8)
-
-
 @functools.lru_cache(maxsize=1)
 def backend() -> Backend:
     """The codec of this process: the first that loads; logged, with the reasons of those that did not."""
@@ -193,11 +171,6 @@ def backend() -> Backend:
     )
 
 
-def backend_name() -> str:
-    """Name of the codec in use, for logs and result files."""
-    return backend().name
-
-
 def _check(data: bytes) -> None:
     """Refuses what is not a whole JPEG: cheap, and the same with every codec."""
     if len(data) < 4 or data[:2] != b"\xff\xd8":
@@ -206,14 +179,7 @@ def _check(data: bytes) -> None:
         raise JpegError(f"truncated JPEG: {len(data)} bytes without an end-of-image marker")
 
 
-def _check_order(order: str, shrink: int) -> None:
-    if order not in ORDERS:
-        raise UserError(f"channel order {order!r} is not one of {', '.join(ORDERS)}.")
-    if shrink not in SHRINKS:
-        raise UserError(f"shrink {shrink!r} is not one of {', '.join(map(str, SHRINKS))}.")
-
-
-def decode(data: bytes, order: str = "rgb", out: Image | None = None, shrink: int = 1) -> Image:
+def decode(data: bytes, order: str = "rgb", out: Image | None = None) -> Image:
     """Decodes one JPEG.
 
     Args:
@@ -221,28 +187,27 @@ def decode(data: bytes, order: str = "rgb", out: Image | None = None, shrink: in
         order: ``rgb`` or ``bgr``, the order of the last axis.
         out: (H, W, 3) uint8 array to fill instead of allocating one; any strides. Its shape must be the
             image's.
-        shrink: 1, 2, 4 or 8: decode at 1/shrink of the size, sides rounded up (fast: done on DCT
-            coefficients).
 
     Returns:
-        (ceil(H / shrink), ceil(W / shrink), 3) uint8, C-contiguous unless it is ``out``.
+        (H, W, 3) uint8, C-contiguous unless it is ``out``.
 
     Raises:
         JpegError: the data is not a JPEG, truncated or corrupt, or has another size than ``out`` (it is not decoded
             then: a few bytes can say that they are a gigapixel).
     """
-    _check_order(order, shrink)
+    if order not in ORDERS:
+        raise UserError(f"channel order {order!r} is not one of {', '.join(ORDERS)}.")
     _check(data)
     codec = backend()
     try:
         if out is not None:
-            height, width = (-(-side // shrink) for side in codec.size(data))
+            height, width = codec.size(data)
             if out.shape != (height, width, 3):
                 raise JpegError(f"the JPEG holds {height} x {width} px, not {out.shape[0]} x {out.shape[1]}")
-            if shrink == 1 and out.flags.c_contiguous:
+            if out.flags.c_contiguous:
                 codec.decode_into(data, order == "bgr", out)
                 return out
-        image = codec.decode(data, order == "bgr", shrink)
+        image = codec.decode(data, order == "bgr")
     except (ValueError, OSError, RuntimeError, Warning) as error:
         raise JpegError(f"corrupt JPEG of {len(data)} bytes: {error}") from error
     if out is None:

@@ -13,7 +13,6 @@ import hashlib
 import logging
 import os
 import re
-import shutil
 import stat
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import atomic_path, free_bytes
 from utils.log import duration
 
 try:
@@ -112,8 +111,7 @@ def needed_bytes(copies: Iterable[Copy], folder: Path) -> int:
         UserError: when the disk has less room.
     """
     needed = sum(item.used for copy in copies for item in copy.missing())
-    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    free = free_bytes(folder)
     if needed > free:
         raise UserError(
             f"--stage_to={folder}: {needed / GIB:.2f} GiB are to be copied there, and {free / GIB:.2f} GiB are free. "

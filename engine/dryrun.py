@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,13 +22,14 @@ from engine import memory
 from engine.evaluate import predict
 from engine.fold import EVALUATED, build_learner
 from engine.learner import Learner
-from engine.records import run_folder
+from engine.run_names import run_folder
 from engine.setup import Setup
 from engine.tasks import task_builder
 from engine.timing import seconds_per_call
 from engine.validation import part_plan
 from modules.model import bare_state_dict
 from utils.dist import Processes
+from utils.files import free_bytes
 from utils.log import duration
 
 log = logging.getLogger(__name__)
@@ -153,10 +153,9 @@ def _report_disk(setup: Setup, learner: Learner) -> None:
     weights = sum(_bytes(bare_state_dict(m)) for m in learner.weights().values())
     copies = config.train.num_epoch // config.run.save_iter if config.run.save_iter > 0 else 0
     names = len(EVALUATED[config.eval.test_type])
-    needed = folds * (last * (1 + copies) + weights * names) + last  # a new file is written beside the old one
+    needed = folds * (last * (1 + copies) + weights * names) + last  # + last: it is complete before the old one goes
     folder = run_folder(config.run).absolute()
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     log.info("dry run: %.2f GiB of checkpoints in %s, where %.1f GiB are free", needed / 2**30, folder, free / 2**30)
     if needed > free:
         log.warning("dry run: the checkpoints do not fit. Choose another --output_path, or a larger --save_iter.")

@@ -21,7 +21,8 @@ from engine.dryrun import dry_run
 from engine.fold import FoldRun
 from engine.fold_files import forget_folds
 from engine.metrics.bootstrap import bootstrap, summarise
-from engine.records import GIVE_ANOTHER, Records, environment, open_folder, run_folder
+from engine.records import GIVE_ANOTHER, Records, environment, open_folder
+from engine.run_names import run_folder
 from engine.setup import Setup, build_model, prepare
 from engine.staging import report_plan, staged
 from engine.tasks import Task, task_builder

@@ -27,6 +27,7 @@ from engine.metrics.classification import Metrics
 from engine.profiling import StepTrace
 from engine.progress import Bar, EpochMeters, speed
 from engine.records import Records
+from engine.run_names import ending
 from engine.selection import Best, EarlyStopping, Progress
 from engine.setup import Setup, build_model, describe
 from engine.tasks import Task, task_builder
@@ -317,10 +318,10 @@ class FoldRun:
             raise
         values: dict[str, Any] = {}
         for name in self.names:
-            suffix = "" if name == "main" else f"_{name}"
             predictions = seen["val"][name]
             metrics, loss = self._agreed(predictions)
-            values |= {f"val_{k}{suffix}": v for k, v in metrics.values.items()} | {f"val_loss{suffix}": loss}
+            values |= {f"val_{k}{ending(name)}": v for k, v in metrics.values.items()}
+            values[f"val_loss{ending(name)}"] = loss
             chosen = metrics.values[self.task.selection]
             self.progress.best[name].update(chosen, loss, epoch)
             if name == self.names[0]:
@@ -330,7 +331,7 @@ class FoldRun:
             if self.eval_options.always_test:
                 tested = seen[splits[-1]][name]
                 point = self.task.statistics(tested.logits, tested.target).point()
-                values |= {f"te_{k}{suffix}": v for k, v in point.values.items()}
+                values |= {f"te_{k}{ending(name)}": v for k, v in point.values.items()}
         return values
 
     def _agreed(self, predictions: Predictions) -> tuple[Metrics, float]:
@@ -342,7 +343,6 @@ class FoldRun:
 
     def _report(self, epoch: int, values: dict[str, Any], remaining: float) -> None:
         name = self.task.selection
-        suffix = "" if self.names[0] == "main" else f"_{self.names[0]}"
         log.info(
             "%s  epoch %d/%d  loss %.3f  val %s %.3f  %s  eta %s",
             self.label,
@@ -350,7 +350,7 @@ class FoldRun:
             self.train_options.num_epoch,
             values["train_loss"],
             name,
-            values[f"val_{name}{suffix}"],
+            values[f"val_{name}{ending(self.names[0])}"],
             values["speed"],
             duration(remaining),
         )

@@ -15,6 +15,7 @@ from typing import Any
 from datasets.labels.types import Fold
 from engine import checkpoint
 from engine.learner import Learner
+from engine.run_names import best_path, last_path
 from engine.setup import Setup
 from engine.tasks import Task
 from modules.model import bare_state_dict
@@ -22,11 +23,6 @@ from utils.dist import Processes
 from utils.errors import UserError
 
 log = logging.getLogger(__name__)
-
-
-def last_path(folder: Path, fold: int) -> Path:
-    """Where a fold keeps the state from which a stopped run goes on."""
-    return folder / f"fold_{fold}_last.pt"
 
 
 def forget_folds(folder: Path, folds: Iterable[int], processes: Processes) -> None:
@@ -47,11 +43,6 @@ class FoldFiles:
     def last(self) -> Path:
         """State from which a stopped run goes on."""
         return last_path(self.folder, self.fold.index)
-
-    def best(self, name: str) -> Path:
-        """Weights of the best epoch: ``fold_<k>_model_best.pt``, ``fold_<k>_ema_model_best.pt`` for the EMA."""
-        middle = "" if name == "main" else f"{name}_"
-        return self.folder / f"fold_{self.fold.index}_{middle}model_best.pt"
 
     def clear(self) -> None:
         """Removes half-written files."""
@@ -129,7 +120,7 @@ class FoldFiles:
             content: dict[str, Any] = {"teacher": weights.get("ema"), **self.identity(epoch)}
             if name == "main":
                 content["model"] = weights["main"]
-            checkpoint.save(self.best(name), content)
+            checkpoint.save(best_path(self.folder, self.fold.index, name), content)
         every = self.setup.config.run.save_iter
         if every > 0 and (epoch + 1) % every == 0:
             checkpoint.copy(self.last, self.folder / f"fold_{self.fold.index}_epoch_{epoch}_model.pt")

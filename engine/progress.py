@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ class LossMeter:
             return
         value, bags = self._last.value(), self._bags
         self._bags = None
-        if value != value or abs(value) == float("inf"):
+        if not math.isfinite(value):
             raise UserError(
                 f"the loss became {value} on the bags {', '.join(bags)}. Look at their patches or features; if "
                 "they are sound, lower --lr, or give --clip_grad=1, --amp_dtype=bf16 or no --amp."

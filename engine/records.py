@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 
+from engine.run_names import run_folder
 from engine.trackers import Trackers, epoch_values
 from utils.config import Config, RunConfig
 from utils.dist import Processes
@@ -25,11 +26,6 @@ from utils.lock import FolderLock
 
 GIVE_ANOTHER = "Give an --output_path that can be."
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "lmdb", "scikit-survival", "scikit-learn", "h5py")
-
-
-def run_folder(options: RunConfig) -> Path:
-    """``output_path/project/title``."""
-    return Path(options.output_path) / options.project / options.title
 
 
 @contextmanager

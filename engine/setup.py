@@ -130,8 +130,6 @@ def _regions(data: DataConfig) -> Regions | None:
     if len(given) > 1:
         raise UserError("num_group_1d and num_group_2d are two ways to divide a bag: give one of them.")
     for name, n in given.items():
-        if n < 1:
-            raise UserError(f"{name} is {n}, but a bag is divided into at least 1 region")
         if not bag_limit(data):
             raise UserError(f"{name} chooses patches, and every patch is taken: give --same_psize too.")
         return Regions(n, grid=name == "num_group_2d")

@@ -15,6 +15,7 @@ from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
 from engine.metrics.bootstrap import bootstrap
 from engine.records import Records
+from engine.run_names import ending
 from engine.trained import WHOLE_COPY, weights_path
 from engine.validation import Evaluator
 from utils.errors import UserError
@@ -107,10 +108,8 @@ class Tester:
             [s.id, s.case, *(_number(predictions.target[t][i]) for t in targets), *table[i]]
             for i, s in enumerate(samples)
         ]
-        suffix = "" if name == "main" else f"_{name}"
-        self.records.table(
-            f"fold_{self.fold.index}_test{suffix}_predictions.csv", ["id", "case", *targets, *self.task.columns], rows
-        )
+        file = f"fold_{self.fold.index}_test{ending(name)}_predictions.csv"
+        self.records.table(file, ["id", "case", *targets, *self.task.columns], rows)
 
 
 def _number(value: Tensor) -> float | int:

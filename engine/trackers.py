@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.metrics.classification import PUBLISHED_NAMES
+from engine.run_names import ending
 from engine.selection import Best
 from utils.config import Config
 from utils.errors import UserError
@@ -201,11 +202,10 @@ def fold_values(test: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """``test_acc``, ``test_acc_std``, ... of one fold, from the tested sets of weights and their metrics."""
     tracked = {}
     for weights, result in test.items():
-        suffix = "" if weights == "main" else f"_{weights}"
         for name, estimate in result["metrics"].items():
             known = PUBLISHED_NAMES.get(name, name)
-            tracked[f"test_{known}{suffix}"] = estimate["value"]
-            tracked[f"test_{known}_std{suffix}"] = estimate["std"]
+            tracked[f"test_{known}{ending(weights)}"] = estimate["value"]
+            tracked[f"test_{known}_std{ending(weights)}"] = estimate["std"]
     return _known(tracked)
 
 
@@ -213,13 +213,12 @@ def summary_values(summary: Mapping[str, Any]) -> dict[str, Any]:
     """``cross_val/acc_mean``, ``cross_val/acc_std``, ``cross_val/acc_std_mean``, ... from ``results.json``."""
     tracked = {}
     for weights, metrics in summary["summary"].items():
-        suffix = "" if weights == "main" else f"_{weights}"
         for name, over_folds in metrics.items():
             key = f"cross_val/{SUMMARY_NAMES.get(name, name)}"
             stds = [fold["test"][weights]["metrics"][name]["std"] for fold in summary["folds"]]
-            tracked[f"{key}_mean{suffix}"] = over_folds["mean"]
-            tracked[f"{key}_std{suffix}"] = over_folds["sd"]
-            tracked[f"{key}_std_mean{suffix}"] = sum(stds) / len(stds)
+            tracked[f"{key}_mean{ending(weights)}"] = over_folds["mean"]
+            tracked[f"{key}_std{ending(weights)}"] = over_folds["sd"]
+            tracked[f"{key}_std_mean{ending(weights)}"] = sum(stds) / len(stds)
     return _known(tracked)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from datasets.labels.options import LabelOptions
 from datasets.labels.types import ELSEWHERE, Cohort, Fold
 from engine.checkpoint import load
-from engine.records import run_folder
+from engine.run_names import best_path, last_path, run_folder
 from utils.config import Config, ModelConfig
 from utils.errors import UserError
 
@@ -45,8 +45,7 @@ def weights_path(config: Config, fold: int, name: str) -> Path:
     """The file from which a test takes the weights ``name`` of a fold."""
     given = config.run.checkpoint
     folder = run_folder(config.run) if given is None else Path(given)
-    middle = "" if name == "main" else f"{name}_"
-    return folder if folder.is_file() else folder / f"fold_{fold}_{middle}model_best.pt"
+    return folder if folder.is_file() else best_path(folder, fold, name)
 
 
 def read_trained(config: Config) -> dict[int, Trained]:
@@ -129,7 +128,7 @@ def _completed(fold: Fold, cohort: Cohort, trained: Mapping[int, Trained], confi
     if fold.selection != ELSEWHERE:
         return fold
     folder = run_folder(config.run)
-    if (folder / f"fold_{fold.index}_last.pt").exists():
+    if last_path(folder, fold.index).exists():
         raise UserError(
             f"{folder} holds a trained run, whose results a test on another cohort would replace. Give another "
             f"--title, and --checkpoint={folder}."

@@ -55,14 +55,6 @@ class Encoder(nn.Module):
         out = run_with_stem(self.model, x) if self.fused_stem else self.model(x)
         return out[0].mean(dim=(-2, -1)) if isinstance(out, (list, tuple)) else out
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trades time for memory: activations inside the stages are computed again in the backward pass."""
-        switch: Any = getattr(self.model, "set_grad_checkpointing", None)
-        if switch is None:
-            kind = type(self.model).__name__
-            raise UserError(f"{kind} has no activation checkpointing; lower --p_batch_size instead")
-        switch(enable)
-
 
 def build_encoder(name: str, *, pretrained: bool = True, **overrides: Any) -> Encoder:
     """The encoder registered as ``name``, or any timm model as ``timm:<name>``.

@@ -52,7 +52,7 @@ def _is_pool(pool: nn.Module) -> bool:
 def run_with_stem(model: nn.Module, x: Tensor) -> list[Tensor]:
     """The output, one of (P, D, h, w), of a model that ``has_standard_stem``, which is fused where that can be done."""
     modules = dict(model.named_children())
-    y = None if getattr(model, "grad_checkpointing", False) else fused_stem(modules["conv1"], modules["bn1"], x)
+    y = fused_stem(modules["conv1"], modules["bn1"], x)
     if y is None:
         outputs: list[Tensor] = model(x)
         return outputs

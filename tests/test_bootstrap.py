@@ -10,14 +10,9 @@ import numpy as np
 import pytest
 
 from engine.metrics import bootstrap as module
-from engine.metrics.bootstrap import (
-    ClassificationStatistics,
-    SurvivalStatistics,
-    bootstrap,
-    resample_weights,
-    summarise,
-)
-from engine.metrics.classification import Metrics, classification_metrics
+from engine.metrics.bootstrap import bootstrap, resample_weights, summarise
+from engine.metrics.classification import ClassificationStatistics, Metrics, classification_metrics
+from engine.metrics.survival import SurvivalStatistics
 from utils.files import write_json
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from datasets.labels import Cohort, LabelOptions, describe, fingerprint, load_cohort, write_split
+from datasets.labels import Cohort, LabelOptions, load_cohort
 from datasets.labels.columns import find_columns
-from datasets.labels.report import split_card
+from datasets.labels.report import describe, fingerprint, split_card, write_split
 
 FOUR = "case,slide,label,fold\np1,a,IDC,train\np2,b,ILC,train\np3,c,IDC,val\np4,d,ILC,test\np5,e,IDC,test\n"
 SURV = "ID,Event,Status,Split\n" + "".join(

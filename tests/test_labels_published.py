@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from datasets.labels import LabelOptions, fingerprint, load_cohort
+from datasets.labels import LabelOptions, load_cohort
+from datasets.labels.report import fingerprint
 from datasets.labels.types import Sample
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from datasets.labels import Cohort, LabelOptions, describe, load_cohort, write_split
-from datasets.labels.report import split_card
+from datasets.labels import Cohort, LabelOptions, load_cohort
+from datasets.labels.report import describe, split_card, write_split
 from utils.errors import UserError
 
 NUMBERS = "case,slide,label,fold\np1,a,2.5,train\np2,b,-1e1,train\np3,c,0,val\np4,d,7,test\np5,e,7.5,test\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import pickle
 import shutil
@@ -62,11 +63,12 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        free = f"; {_free_bytes(path):,} bytes are free there" if cause.errno in FULL else ""
+        free = f"; {free_bytes(path):,} bytes are free there" if cause.errno in FULL else ""
         raise UserError(f"{path} cannot be written ({cause.strerror or cause}{free}). {remedy}") from error
 
 
-def _free_bytes(path: Path) -> int:
+def free_bytes(path: Path) -> int:
+    """Room on the disk of ``path``, which need not be there yet."""
     existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     return shutil.disk_usage(existing).free
 
@@ -97,7 +99,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def json_safe(value: Any) -> Any:
     """``value`` with NaN and infinities replaced by None, so that every JSON reader takes it."""
     if isinstance(value, float):
-        return value if value == value and abs(value) != float("inf") else None
+        return value if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(k): json_safe(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

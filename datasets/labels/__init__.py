@@ -2,7 +2,6 @@
 
 from datasets.labels.cohort import load_cohort
 from datasets.labels.options import LabelOptions
-from datasets.labels.report import describe, fingerprint, write_split
 from datasets.labels.types import Cohort, Fold, Sample
 
 __all__ = [
@@ -10,8 +9,5 @@ __all__ = [
     "Fold",
     "LabelOptions",
     "Sample",
-    "describe",
-    "fingerprint",
     "load_cohort",
-    "write_split",
 ]

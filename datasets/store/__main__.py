@@ -17,6 +17,7 @@ from pathlib import Path
 from datasets.store import tools
 from datasets.store.reader import PatchStore
 from datasets.store.verify import verify
+from utils.cores import usable_cores
 from utils.errors import UserError
 
 MOST_LINES = 50
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     info.add_argument("--json", action="store_true", help="for programs")
     check = commands.add_parser("verify", help="decode every patch; name the bad ones")
     check.add_argument("store", type=Path)
-    check.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per CPU")
+    check.add_argument("--workers", type=int, default=usable_cores(), help="processes; default: one per core")
     merge = commands.add_parser("merge", help="join stores (or folders of shards) into one file")
     merge.add_argument("target", type=Path)
     merge.add_argument("sources", type=Path, nargs="+")

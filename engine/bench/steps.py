@@ -19,11 +19,12 @@ from engine import memory
 from engine.bench.supply import Amount, flow
 from engine.evaluate import predict
 from engine.learner import Learner
-from engine.progress import HostCopy, Meter
+from engine.progress import Meter
 from engine.setup import Setup
 from engine.timing import seconds_per_call, wait_for
 from engine.validation import eval_reader, loader_options, part_plan
 from utils.dist import Processes
+from utils.host_copy import HostCopy
 from utils.seed import seed_all, step_seed
 
 log = logging.getLogger(__name__)

@@ -14,20 +14,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.metrics.classification import ClassificationStatistics, Metrics
-from engine.metrics.survival import SurvivalStatistics
+from engine.metrics.classification import Metrics
 from engine.metrics.weighted import Floats
-
-__all__ = [
-    "Bootstrap",
-    "ClassificationStatistics",
-    "Estimate",
-    "Statistics",
-    "SurvivalStatistics",
-    "bootstrap",
-    "resample_weights",
-    "summarise",
-]
 
 PUBLISHED_SEED = 7784414403328510413
 """The published program seeds the resamples of a fold with fold + this number."""
