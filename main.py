@@ -15,7 +15,7 @@ from utils.dist import lost_peer, planned_processes, processes
 from utils.errors import UserError
 from utils.log import set_up_logging
 from utils.options import parse
-from utils.stop import FAULT, STATUS, Stopped, leave_mark, says_first
+from utils.stop import FAULT_STATUS, STOPPED_STATUS, Stopped, leave_mark, says_first
 
 log = logging.getLogger("main")
 
@@ -85,12 +85,12 @@ def main(argv: Sequence[str]) -> int:
     except UserError as error:
         if says_first(str(error)):
             log.error("error: %s", error)
-        leave_mark(FAULT)
-        return FAULT
+        leave_mark(FAULT_STATUS)
+        return FAULT_STATUS
     except Stopped:
         log.info("stopped as asked")
         leave_mark()
-        return STATUS
+        return STOPPED_STATUS
     except KeyboardInterrupt:
         log.error("interrupted")
         return 130

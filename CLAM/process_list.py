@@ -86,12 +86,20 @@ def _row(record: dict[str, Any], base: SlideParams, subject: str) -> Row:
     old = record.get("a") not in (None, "")
     known = ("seg_level", "sthresh", "mthresh", "close", "use_otsu", "use_padding", "keep_ids", "exclude_ids")
     cells = {k: v for k, v in record.items() if not old or k in known}
-    process = str(record.get("process") or "1").strip()
-    row = Row(str(record["slide_id"]).strip(), from_row(cells, base, subject), todo=float(process) == 1)
+    todo = _number(record, "process", 1.0) == 1
+    row = Row(str(record["slide_id"]).strip(), from_row(cells, base, subject), todo)
     row.status = str(record.get("status") or "tbp")
     row.facts = {k: record[k] for k in FACT_COLUMNS if record.get(k) not in (None, "")}
-    row.old_area = float(record["a"]) if old else None
+    row.old_area = _number(record, "a", 0.0) if old else None
     return row
+
+
+def _number(record: dict[str, Any], column: str, default: float) -> float:
+    text = str(record.get(column) or "").strip()
+    try:
+        return float(text) if text else default
+    except ValueError:
+        raise UserError(f"column {column} is {text!r}, but must be a number") from None
 
 
 class Ledger:

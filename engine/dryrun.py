@@ -136,7 +136,7 @@ def _memory_gib(device: torch.device) -> float:
 def _seconds(setup: Setup, fold: Fold, rates: Rates, processes: Processes) -> float:
     """How long a fold takes: the slower one of computing and reading, in training and in evaluation."""
     config, data, world = setup.config, setup.config.data, processes.world
-    workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
+    workers = data.test_workers
     train_rate = min(rates.train, rates.read * max(data.num_workers, 1)) * world
     models = len(EVALUATED[config.eval.test_type])  # they share what is read
     eval_rate = min(rates.evaluate / models, rates.read * max(workers, 1)) * world

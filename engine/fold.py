@@ -37,7 +37,7 @@ from modules.model import average_buffers, load_buffers
 from utils.dist import Poll, Processes
 from utils.log import duration
 from utils.seed import seed_all, step_seed
-from utils.stop import STATUS, Stopped
+from utils.stop import STOPPED_STATUS, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -301,7 +301,7 @@ class FoldRun:
             where,
             self.files.last,
             anew,
-            STATUS,
+            STOPPED_STATUS,
         )
 
     # Validation

@@ -139,6 +139,7 @@ class Records:
 def environment() -> dict[str, Any]:
     """Versions, hardware, command line and the program's git state."""
     root = Path(__file__).resolve().parent.parent
+    changes = _git(root, "status", "--porcelain")
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
@@ -147,7 +148,7 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "git_hash": _git(root, "rev-parse", "HEAD"),
-        "git_changed": bool(_git(root, "status", "--porcelain")),
+        "git_changed": None if changes is None else bool(changes),
     }
 
 

@@ -39,7 +39,7 @@ def eval_reader(
 ) -> EvalReader:
     """Reads this process's share of the bags of each split, as the options say."""
     data, source = setup.config.data, setup.sources.test
-    workers = data.num_workers if data.num_workers_test is None else data.num_workers_test
+    workers = data.test_workers
     decoder = gpu_decoder(data, source, processes, workers)
     if decoder is not None:
         (source,) = coded([source])

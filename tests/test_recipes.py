@@ -136,3 +136,8 @@ def test_yaml_that_is_no_option_file_is_named(tmp_path: Path) -> None:
 def test_aliases_are_no_options_and_mean_some() -> None:
     assert not set(ALIASES) & set(FIELDS)
     assert set(ALIASES.values()) <= set(FIELDS)
+
+
+def test_an_option_without_its_value_is_one_sentence() -> None:
+    with pytest.raises(UserError, match="argument --lr: expected one argument"):
+        parse(["--lr"])

@@ -185,14 +185,14 @@ STOPPABLE = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from utils.stop import STATUS, StopRequest, leave_mark
+from utils.stop import STOPPED_STATUS, StopRequest, leave_mark
 stop = StopRequest()
 with stop.listening():
     Path(sys.argv[2]).touch()
     for _ in range(600):
         if stop.by:
             leave_mark()
-            sys.exit(STATUS)
+            sys.exit(STOPPED_STATUS)
         time.sleep(0.05)
 """
 

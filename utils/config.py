@@ -157,6 +157,11 @@ class DataConfig:
         True, "page-locked host memory, from which a GPU copies beside its work; --no_pin_memory: pageable memory"
     )
 
+    @property
+    def test_workers(self) -> int:
+        """Reading processes or threads for evaluation."""
+        return self.num_workers if self.num_workers_test is None else self.num_workers_test
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:

@@ -140,7 +140,8 @@ def planned_processes(argv: Sequence[str]) -> tuple[int, list[str]]:
     own, rest = parser.parse_known_args(list(argv))
     text = str(own.processes)
     if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"processes is {text!r}, but must be a number of 1 or more. Give --processes=4, for example.")
+        given = "is without a number" if own.processes is None else f"is {text!r}"
+        raise UserError(f"processes {given}, but must be a number of 1 or more. Give --processes=4, for example.")
     return int(text), rest
 
 

@@ -9,12 +9,12 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from utils.config import GROUPS, Config, Limits
-from utils.errors import Faults, did_you_mean
+from utils.errors import Faults, UserError, did_you_mean
 
 ALWAYS_DONE = {
     "lmdb": "patches always come from an LMDB store",
@@ -169,13 +169,21 @@ def parse(argv: Sequence[str]) -> tuple[Config, list[str]]:
     return Config.from_flat(values), notes
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line without listing all options."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}. 'main.py --help' has the options.")
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The parser behind ``--help``; values stay text here and are converted in one place."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="main.py",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Train and test a slide-level model. Subcommands: check, bench. See also --list.",
+        description="Trains and tests a slide-level model. 'main.py check' (--processes=N) reads and checks all that the "
+        "same run would read, 'main.py bench' (--seconds=S) measures what limits it, 'main.py --list' names the models.",
     )
     parser.add_argument("-c", "--config", default=None, help="YAML files, comma separated; later ones override")
     for group, cls in GROUPS.items():

@@ -25,13 +25,13 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.nodes import Nodes
-from utils.stop import FAULT, STATUS
+from utils.stop import FAULT_STATUS, STOPPED_STATUS
 
 BEAT_S = 0.5
 LOST_S = 20.0
 """A launcher that has not been heard of for this long is taken for dead."""
 JOIN_S = 600.0
-GRACE_S = {STATUS: 60.0}
+GRACE_S = {STOPPED_STATUS: 60.0}
 """How long processes may go on when another machine has ended, by its status: they may be saving."""
 OTHER_GRACE_S = 5.0
 LAST_RESORT_S = 45.0
@@ -59,7 +59,7 @@ class Ending:
 
 def joint(endings: Sequence[Ending]) -> Ending:
     """The ending of an attempt on all machines: a fault of the input (2) beats a wish to stop (75), that a failure."""
-    for status in (FAULT, STATUS):
+    for status in (FAULT_STATUS, STOPPED_STATUS):
         found = next((e for e in endings if e.status == status), None)
         if found is not None:
             return found
@@ -135,7 +135,7 @@ class Peers:
             LostError: when a machine is gone.
         """
         self._running = None
-        if self._kill_at is not None and ending.status not in (FAULT, STATUS):
+        if self._kill_at is not None and ending.status not in (FAULT_STATUS, STOPPED_STATUS):
             ending = dataclasses.replace(ending, cause="", again=True)
         key = str(attempt)
         self._say(endings={**self._own["endings"], key: dataclasses.asdict(ending)})

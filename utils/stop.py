@@ -15,10 +15,10 @@ from types import FrameType
 
 log = logging.getLogger(__name__)
 
-STATUS = 75
+STOPPED_STATUS = 75
 """Exit status of a run that was asked to stop, saved, and goes on with the same command (EX_TEMPFAIL, sysexits.h)."""
 
-FAULT = 2
+FAULT_STATUS = 2
 """Exit status of a run that cannot begin or go on before the user has changed something."""
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
@@ -78,8 +78,8 @@ def ignore_stop_signals() -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-def leave_mark(status: int = STATUS) -> None:
-    """Tells the launcher, where there is one, that the run has saved and stopped, or found a fault (``FAULT``)."""
+def leave_mark(status: int = STOPPED_STATUS) -> None:
+    """Tells the launcher, where there is one, that the run has saved and stopped, or found a fault (``FAULT_STATUS``)."""
     path = os.environ.get(MARK)
     if path:
         with open(path, "a", encoding="ascii") as file:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parent))
 from utils.errors import UserError  # noqa: E402
 from utils.nodes import Nodes, read_nodes  # noqa: E402
 from utils.peers import Ending, LostError, Peers, signal_children, tell  # noqa: E402
-from utils.stop import FAULT, MARK, RESTARTS, STATUS  # noqa: E402
+from utils.stop import FAULT_STATUS, MARK, RESTARTS, STOPPED_STATUS  # noqa: E402
 
 # Port 0 lets the rendezvous take a free port; the address keeps it off a host name that may not resolve.
 ONE_MACHINE = ("--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
@@ -40,7 +40,7 @@ def main(argv: list[str]) -> int:
         return _run(nodes, argv)
     except UserError as error:
         tell(f"error: {error}")
-        return FAULT
+        return FAULT_STATUS
     except LostError as error:
         tell(f"{error}, so the run ends. The same command on every machine goes on.")
         return 1
@@ -113,15 +113,17 @@ def _attempt(argv: list[str]) -> Ending:
             return Ending()
         except (ChildFailedError, SignalException) as error:
             marks = mark.read_text(encoding="ascii").split() if mark.exists() else []
-            for status in (FAULT, STATUS):
+            for status in (FAULT_STATUS, STOPPED_STATUS):
                 if str(status) in marks:
-                    return Ending(status, cause="a fault in what was given" if status == FAULT else "asked to stop")
+                    return Ending(
+                        status, cause="a fault in what was given" if status == FAULT_STATUS else "asked to stop"
+                    )
             sys.stderr.write(f"{error}\n")
             if isinstance(error, SignalException):
                 return Ending(128 + int(error.sigval), cause=f"the launcher got signal {int(error.sigval)}")
             rank, failure = error.get_first_failure()
             if failure.exitcode == -signal.SIGUSR1:  # it was asked before it could listen
-                return Ending(STATUS, cause="asked to stop")
+                return Ending(STOPPED_STATUS, cause="asked to stop")
             how = f"was ended by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with {failure.exitcode}"
             return Ending(1, again=True, cause=f"process {rank} {how}")
         except (RendezvousError, RuntimeError) as error:
