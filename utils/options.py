@@ -182,8 +182,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="main.py",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        description="Trains and tests a slide-level model. 'main.py check' (--processes=N) reads and checks all that the "
-        "same run would read, 'main.py bench' (--seconds=S) measures what limits it, 'main.py --list' names the models.",
+        description="Trains and tests a slide-level model. 'main.py check' (--processes=N) reads and checks what the "
+        "same run would read, 'main.py bench' (--seconds=S) measures what limits it, 'main.py --list' has the models.",
     )
     parser.add_argument("-c", "--config", default=None, help="YAML files, comma separated; later ones override")
     for group, cls in GROUPS.items():

@@ -79,7 +79,7 @@ def ignore_stop_signals() -> None:
 
 
 def leave_mark(status: int = STOPPED_STATUS) -> None:
-    """Tells the launcher, where there is one, that the run has saved and stopped, or found a fault (``FAULT_STATUS``)."""
+    """Tells the launcher, where there is one, why the run ends: stopped as asked, or a fault in what was given."""
     path = os.environ.get(MARK)
     if path:
         with open(path, "a", encoding="ascii") as file:
