@@ -17,7 +17,7 @@ from utils.errors import UserError
 log = logging.getLogger(__name__)
 
 FEW = 16
-"""Where so many or fewer reading processes can decode at once, a GPU with JPEG engines does it. Sixteen cores decode
+"""With so many reading processes or fewer, a GPU with JPEG engines decodes in their place. Sixteen cores decode
 25,000 to 30,000 patches of 256 px a second; a step of ResNet-18 on an H100 takes as many, ``--full_bag`` more."""
 
 FEW_IN_STEP = 12

@@ -1,4 +1,4 @@
-"""Names of encoders and MIL heads, and the grammar that joins them.
+"""Names of encoders and MIL heads, and their builders.
 
 ``@register_encoder("r18")`` and ``@register_mil("abmilx")`` put a builder under its public name. A model name is
 either ``e2e_<encoder>_<mil>`` (pixels in) or ``<mil>`` (features in).

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("utils", "modules", "datasets", "engine", "CLAM")
+ROOMS = ("utils", "modules", "datasets", "engine", "CLAM", "labels")
 EVERYTHING = {*ROOMS, "main", "tests", "benchmarks"}
 CLAM_FILES = {"create_patches_fp", *(path.stem for path in (ROOT / "CLAM").glob("*.py"))}
 LAZY_IN_ABMILX = {"triton"}

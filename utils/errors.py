@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 
 MARGIN = 0.2
-"""How much less like than the best a name may be to be suggested too, in units of difflib's ratio."""
+"""Names within this distance of the best one are suggested, too; in units of difflib's ratio."""
 
 
 class UserError(Exception):

@@ -20,7 +20,7 @@ except ImportError:  # not on Windows
 log = logging.getLogger(__name__)
 
 NAME = ".lock"
-"""The file in the folder. It stays there: who removed it might remove the one that the next program has just locked."""
+"""The file in the folder. Nobody removes it: another program may have locked it in the meantime."""
 
 WAIT_S = 10.0
 """How long a program waits for the one before it, which a restart or a scheduler has killed a moment ago."""

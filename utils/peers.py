@@ -28,14 +28,19 @@ from utils.nodes import Nodes
 from utils.stop import FAULT_STATUS, STOPPED_STATUS
 
 BEAT_S = 0.5
+"""Between two words of a launcher to machine 0."""
 LOST_S = 20.0
 """A launcher that has not been heard of for this long is taken for dead."""
 JOIN_S = 600.0
+"""How long a machine waits for the others, and for machine 0 to answer."""
 GRACE_S = {STOPPED_STATUS: 60.0}
 """How long processes may go on when another machine has ended, by its status: they may be saving."""
 OTHER_GRACE_S = 5.0
+"""The same after any other status."""
 LAST_RESORT_S = 45.0
+"""After that the launcher ends itself, should its processes not have ended."""
 CLOSE_S = 5.0
+"""How long the thread that talks to machine 0 is waited for."""
 
 
 class LostError(Exception):

@@ -115,9 +115,8 @@ def _attempt(argv: list[str]) -> Ending:
             marks = mark.read_text(encoding="ascii").split() if mark.exists() else []
             for status in (FAULT_STATUS, STOPPED_STATUS):
                 if str(status) in marks:
-                    return Ending(
-                        status, cause="a fault in what was given" if status == FAULT_STATUS else "asked to stop"
-                    )
+                    cause = "a fault in what was given" if status == FAULT_STATUS else "asked to stop"
+                    return Ending(status, cause=cause)
             sys.stderr.write(f"{error}\n")
             if isinstance(error, SignalException):
                 return Ending(128 + int(error.sigval), cause=f"the launcher got signal {int(error.sigval)}")
