@@ -18,7 +18,7 @@ from datasets.views import Renderer, ViewPlan
 from engine.precision import Precision
 from engine.sources import Sources, check_features, check_paths, check_positions, keep_in_memory, open_sources
 from engine.tasks.task_builder import check_task_options
-from engine.trained import checked, read_trained, with_trained
+from engine.trained import as_tested, checked, read_trained, with_trained
 from engine.training_options import check_training_options
 from modules.encoders import build_encoder, load_encoder_weights
 from modules.heads import build_mil
@@ -61,6 +61,7 @@ def prepare(config: Config) -> Setup:
         UserError: for every fault found in model name, stores and labels.
     """
     check_training_options(config)
+    config = as_tested(config)
     encoder, mil = _checked_names(config)
     data = config.data
     positions = uses_positions(mil, config.model) or data.num_group_2d is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from engine.checkpoint import load
 from engine.run_names import best_path, last_path, run_folder
 from utils.config import Config, ModelConfig
 from utils.errors import UserError
+
+log = logging.getLogger(__name__)
 
 WHOLE_COPY = "take a whole copy of it, or train again with --resume=never"
 """Remedy for damaged weights of a run that is trained."""
@@ -39,6 +42,15 @@ class Trained:
     facts: Mapping[str, Any]
     classes: tuple[str, ...] | None
     bin_edges: tuple[float, ...] | None
+
+
+def as_tested(config: Config) -> Config:
+    """The options of a test of ``--checkpoint``, which reads no low magnification; those of other runs as they are."""
+    if config.run.checkpoint is None or not config.data.mul_scale_input:
+        return config
+    log.info("This test reads the high magnification only: mul_scale_input and dataset_sub_root are for training.")
+    data = dataclasses.replace(config.data, mul_scale_input=False, dataset_sub_root=None)
+    return dataclasses.replace(config, data=data)
 
 
 def weights_path(config: Config, fold: int, name: str) -> Path:

@@ -124,7 +124,7 @@ def _kernels_run() -> bool:
 
 @functools.cache
 def _import_kernels() -> bool:
-    """Registers the operators by importing their file; False without Triton, or without a device that it compiles for."""
+    """Registers the operators by importing their file; False without Triton or a device that it compiles for."""
     devices = range(torch.cuda.device_count())
     if torch.version.cuda is None or any(torch.cuda.get_device_capability(i) < (8, 0) for i in devices):
         return False

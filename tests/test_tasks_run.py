@@ -278,6 +278,21 @@ def test_another_cohort_is_tested_with_what_the_checkpoint_knows(
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"} == before
 
 
+def test_a_model_of_two_magnifications_is_tested_without_the_low_one(
+    pixels: TinyCohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = pixels.options(
+        f"--dataset_sub_root={pixels.low}", "--mul_scale_input", f"--output_path={tmp_path / 'run'}"
+    )
+    assert main.main(options) == 0
+    run = tmp_path / "run" / "default" / "default"
+    given = [f"-c={run / 'config.yaml'}", "--script_mode=test", f"--checkpoint={run}", "--dataset_sub_root=gone.lmdb"]
+    assert main.main([*given, f"--output_path={tmp_path / 'other'}"]) == 0
+    assert "This test reads the high magnification only" in caplog.text
+    found, own = (results(tmp_path / name)["folds"][0]["test"]["main"]["report"] for name in ("other", "run"))
+    assert found == own
+
+
 def test_every_fold_is_tested_on_the_whole_other_cohort(cohort: Cohort, tmp_path: Path) -> None:
     options = cohort.options("classes", tmp_path / "run", "--cv_fold=2", "--num_epoch=1")
     assert main.main(options) == 0
