@@ -25,7 +25,7 @@ share=$((cores / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((share < 1 ? 1 : share > 8 ? 8 : share))}"
 
 # CUDA's streams share eight queues of the device unless told otherwise, and in a shared one a kernel waits for the work
-# of another stream: beside the JPEG decoder, which has 16 streams, steps of two processes took 5 % longer.
+# of another stream: beside the GPU's JPEG decoder, which has many, a step of two processes took 5 % longer.
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-32}"
 
 exec "$python" "$here/utils/torchrun.py" --nproc-per-node="$processes" "$here/main.py" "$@"

@@ -128,9 +128,9 @@ def check_same_run(stored: Mapping[str, Any], now: Mapping[str, Any], path: Path
         UserError: naming the options that differ.
     """
     stored = {**Config().flat(), **stored}  # an option that is younger than the checkpoint had its default then
-    differing = [k for k in {**stored, **now} if k not in MAY_DIFFER and stored.get(k) != now.get(k)]
+    differing = [k for k in now if k not in MAY_DIFFER and stored[k] != now[k]]
     if differing:
-        listing = ", ".join(f"{k} {stored.get(k)!r} -> {now.get(k)!r}" for k in sorted(differing))
+        listing = ", ".join(f"{k} {stored[k]!r} -> {now[k]!r}" for k in sorted(differing))
         raise UserError(
             f"{path} belongs to a run with other options ({listing}). Give another --title, the same options to go on, "
             "or --resume=never to start anew and replace its files."

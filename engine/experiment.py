@@ -19,7 +19,7 @@ from datasets.labels.report import split_card, write_split
 from engine.agreement import check_processes, check_same_input
 from engine.dryrun import dry_run
 from engine.fold import FoldRun
-from engine.fold_files import forget_folds
+from engine.fold_files import check_states, forget_folds
 from engine.metrics.bootstrap import bootstrap, summarise
 from engine.records import GIVE_ANOTHER, Records, environment, open_folder
 from engine.run_names import run_folder
@@ -92,11 +92,11 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
 
 def _all_folds(setup: Setup, processes: Processes, records: Records, begin: float) -> dict[str, Any]:
     config = setup.config
-    if config.run.resume == "never" and config.run.script_mode != "test":
-        forget_folds(records.folder, (fold.index for fold in setup.cohort.folds), processes)
     results = []
     for fold in setup.cohort.folds:
         fold_run = FoldRun(setup, fold, processes, records)
+        if fold is setup.cohort.folds[0]:
+            _begin(setup, processes, records)
         records.selection = fold_run.task.selection
         if processes.is_main:
             path = records.folder / f"fold_{fold.index}_split.csv"
@@ -116,6 +116,18 @@ def _all_folds(setup: Setup, processes: Processes, records: Records, begin: floa
         log.info("Results are in %s (%s).", records.folder, duration(summary["seconds"]))
     records.tracker.finish()
     return summary
+
+
+def _begin(setup: Setup, processes: Processes, records: Records) -> None:
+    """Replaces what a run before this one has said of itself, once nothing is left that would refuse this one."""
+    config = setup.config
+    if config.run.resume != "never":
+        check_states(setup, setup.cohort.folds[1:], records.folder, processes)
+    elif config.run.script_mode != "test":
+        forget_folds(records.folder, (fold.index for fold in setup.cohort.folds), processes)
+    records.start(config, {"processes": processes.world, "device": str(processes.device)})
+    if processes.is_main:
+        records.tracker = open_trackers(config, records.folder, {"git_hash": environment()["git_hash"]})
 
 
 def check_restarts(config: Config) -> None:
@@ -140,15 +152,12 @@ def set_precision(config: Config) -> None:
 
 @contextmanager
 def open_records(config: Config, processes: Processes) -> Iterator[Records]:
-    """The run's folder with its configuration, which belongs to this run alone; the log goes there too."""
+    """The run's folder, which belongs to this run alone; the log goes there too."""
     with open_folder(config.run, processes) as records:
         folder = records.folder
         check_shared(folder, processes)
-        records.start(config, {"processes": processes.world, "device": str(processes.device)})
         with writing(folder / "log.txt", GIVE_ANOTHER):
             set_up_logging(processes.rank, folder / "log.txt")
-        if processes.is_main:
-            records.tracker = open_trackers(config, folder, {"git_hash": environment()["git_hash"]})
         yield records
 
 

@@ -244,20 +244,22 @@ class FoldRun:
         return update
 
     def _training_values(self, meters: EpochMeters) -> dict[str, Any]:
-        totals = self.processes.gather((*meters.loss.total(), meters.speed.rate, meters.aux.mean))
+        seen = meters.speed
+        own = (*meters.loss.total(), seen.rate, seen.instances, seen.kept, meters.aux.mean)
+        losses, bags, rates, instances, kept, auxiliary = zip(*self.processes.gather(own), strict=True)
         values = {
-            "train_loss": sum(t for t, *_ in totals) / max(sum(n for _, n, *_ in totals), 1),
+            "train_loss": sum(losses) / max(sum(bags), 1),
             **self.learner.rates(),
-            "train_seconds": meters.speed.seconds,
-            "patches_per_s": sum(rate for _, _, rate, _ in totals),
-            "data_wait": meters.speed.data_share,
-            "speed": speed(meters.speed),
+            "train_seconds": seen.seconds,
+            "patches_per_s": sum(rates),
+            "data_wait": seen.data_share,
+            "speed": speed(seen),
+            **seen.counts(sum(instances), sum(kept)),
         }
-        values |= meters.speed.counts()
         if self.learner.ema is not None:
             values["mm"] = self.train_options.mm
-        auxiliary = [aux for *_, aux in totals if aux is not None]
-        means = {"grad_norm": meters.norm.mean, "aux_loss": statistics.fmean(auxiliary) if auxiliary else None}
+        present = [aux for aux in auxiliary if aux is not None]
+        means = {"grad_norm": meters.norm.mean, "aux_loss": statistics.fmean(present) if present else None}
         return values | {name: mean for name, mean in means.items() if mean is not None}
 
     def _synchronise(self) -> None:

@@ -17,7 +17,7 @@ from engine import checkpoint
 from engine.learner import Learner
 from engine.run_names import best_path, last_path
 from engine.setup import Setup
-from engine.tasks import Task
+from engine.tasks import Task, task_builder
 from modules.model import bare_state_dict
 from utils.dist import Processes
 from utils.errors import UserError
@@ -31,6 +31,17 @@ def forget_folds(folder: Path, folds: Iterable[int], processes: Processes) -> No
         for fold in folds:
             last_path(folder, fold).unlink(missing_ok=True)
     processes.barrier()
+
+
+def check_states(setup: Setup, folds: Iterable[Fold], folder: Path, processes: Processes) -> None:
+    """Refuses states of ``folds`` with which this run cannot go on, before any fold is trained.
+
+    Raises:
+        UserError: as ``FoldFiles.load_last``.
+    """
+    for fold in folds:
+        task = task_builder.build(setup.config, setup.cohort, fold, processes.world)
+        FoldFiles(setup, fold, task, folder, processes).load_last()
 
 
 class FoldFiles:
@@ -65,15 +76,36 @@ class FoldFiles:
                 "machines of the run share."
             )
         state = checkpoint.load(self.last)
-        checkpoint.check_same_run(state["config"], self.setup.config.flat(), self.last)
+        stored, world = state["config"], state.get("world", self.processes.world)
+        if self.setup.config.run.script_mode != "test":
+            stored = self._with_this_batch_size(stored, world)
+        checkpoint.check_same_run(stored, self.setup.config.flat(), self.last)
         self._check_data(state.get("data"))
-        world = state.get("world", self.processes.world)
         if world != self.processes.world and state["progress"].get("step", 0):
             raise UserError(
                 f"{self.last} was saved in the middle of an epoch by {world} process(es), and there are "
                 f"{self.processes.world} now. Go on with {world}, or give --resume=never to start anew."
             )
         return state
+
+    def _with_this_batch_size(self, stored: Mapping[str, Any], world: int) -> Mapping[str, Any]:
+        """The stored options with the batch size that stands for the same step in another number of processes.
+
+        Raises:
+            UserError: when a step would have more bags than so far, or fewer.
+        """
+        own, size = self.processes.world, self.setup.config.train.batch_size
+        then, now = stored["batch_size"] * world, size * own
+        if world == own:
+            return stored
+        if then != now:
+            remedy = f"Give --batch_size={then // own}" if then % own == 0 else f"Go on with {world} process(es)"
+            raise UserError(
+                f"{self.last} was trained with {then} bags per step ({world} x batch_size {stored['batch_size']}), and "
+                f"{own} process(es) with batch_size {size} take {now}. {remedy}, give another --title, or "
+                "--resume=never to start anew and replace its files."
+            )
+        return {**stored, "batch_size": size}
 
     def _check_data(self, stored: Mapping[str, Any] | None) -> None:
         now = self._data()

@@ -133,13 +133,18 @@ class Meter:
         """Instances per second."""
         return self.instances / max(self.seconds, 1e-9)
 
-    def counts(self) -> dict[str, float]:
-        """Instances per step of this process, those that reach the MIL head, and the share that only fills up bags."""
-        steps, instances = max(self.steps, 1), max(self.instances, 1)
+    def counts(self, instances: int, kept: int) -> dict[str, float]:
+        """Instances per step, those that reach the MIL head, and the share that only fills up bags.
+
+        Args:
+            instances: of all processes, which do as many steps as this one.
+            kept: those of them that reach the head.
+        """
+        steps = max(self.steps, 1)
         return {
-            "patches_per_step": self.instances / steps,
-            "kept_per_step": self.kept / steps,
-            "pad_ratio": 1 - self.kept / instances,
+            "patches_per_step": instances / steps,
+            "kept_per_step": kept / steps,
+            "pad_ratio": 1 - kept / max(instances, 1),
         }
 
     @property

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from utils.errors import UserError
 from utils.host_copy import HostCopy
-from utils.stop import MARK, StopRequest
+from utils.stop import LAUNCHER, MARK, StopRequest
 
 
 @dataclass(frozen=True)
@@ -164,6 +164,8 @@ def _end_with_the_launcher() -> None:
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+        if os.environ.get(LAUNCHER, str(os.getppid())) != str(os.getppid()):  # it was killed before this was set
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _place(device: str, local_rank: int) -> torch.device:

@@ -104,8 +104,11 @@ class Peers:
                 f"NODE_RANK={nodes.rank} is taken by another machine of the run. Number the {nodes.count} machines "
                 f"from 0 to {nodes.count - 1}."
             )
+        self._talked = time.monotonic()
         self._thread = threading.Thread(target=self._talk, name="peers", daemon=True)
         self._thread.start()
+        # torch's store waits for ever for a machine 0 that does not answer and does not close its connections either
+        threading.Thread(target=self._watch, name="peers' watch", daemon=True).start()
 
     # What the main thread asks
 
@@ -168,15 +171,21 @@ class Peers:
         try:
             while not self._closing:
                 self._exchange()
-                self._heed()
+                self._talked = time.monotonic()
                 time.sleep(BEAT_S)
         except (RuntimeError, ValueError, KeyError, TypeError):  # torch's store raises RuntimeError
             with self._news:
                 self._lost = self._lost or "machine 0 no longer answers"
                 self._news.notify_all()
-            while self._running is not None and not self._closing:
-                self._heed()
-                time.sleep(BEAT_S)
+
+    def _watch(self) -> None:
+        while not self._closing:
+            if time.monotonic() - self._talked > LOST_S:
+                with self._news:
+                    self._lost = self._lost or f"machine 0 has not answered for {LOST_S:.0f} s"
+                    self._news.notify_all()
+            self._heed()
+            time.sleep(BEAT_S)
 
     def _exchange(self) -> None:
         with self._news:

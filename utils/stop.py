@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -26,6 +27,9 @@ SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 
 MARK = "ABMILX_STOPPED_MARK"
 """Environment variable with the path of a file in which processes tell the launcher how they ended."""
+
+LAUNCHER = "ABMILX_LAUNCHER"
+"""Environment variable with the number of the process that started this one."""
 
 OTHERS_WAIT_S = 1.0
 """How long other processes leave process 0 to say what is wrong."""
@@ -82,7 +86,8 @@ def leave_mark(status: int = STOPPED_STATUS) -> None:
     """Tells the launcher, where there is one, why the run ends: stopped as asked, or a fault in what was given."""
     path = os.environ.get(MARK)
     if path:
-        with open(path, "a", encoding="ascii") as file:
+        # A full disk, a folder cleaned up: the exit status says the same.
+        with contextlib.suppress(OSError), open(path, "a", encoding="ascii") as file:
             file.write(f"{status}\n")
 
 
@@ -101,4 +106,6 @@ def says_first(sentence: str) -> bool:
         said.touch(exist_ok=os.environ.get("RANK", "0") == "0")
     except FileExistsError:
         return False
+    except OSError:  # a full disk, a folder cleaned up: better said twice than not at all
+        return True
     return True

@@ -22,7 +22,7 @@ sys.path.insert(0, str(HERE.parent))
 from utils.errors import UserError  # noqa: E402
 from utils.nodes import Nodes, read_nodes  # noqa: E402
 from utils.peers import Ending, LostError, Peers, signal_children, tell  # noqa: E402
-from utils.stop import FAULT_STATUS, MARK, RESTARTS, STOPPED_STATUS  # noqa: E402
+from utils.stop import FAULT_STATUS, LAUNCHER, MARK, RESTARTS, STOPPED_STATUS  # noqa: E402
 
 # Port 0 lets the rendezvous take a free port; the address keeps it off a host name that may not resolve.
 ONE_MACHINE = ("--nnodes=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
@@ -34,6 +34,7 @@ def main(argv: list[str]) -> int:
     Args:
         argv: torchrun's arguments, without those that say which machines there are.
     """
+    signal.signal(signal.SIGUSR1, _pass_on)
     try:
         nodes = read_nodes(os.environ)
         os.environ[RESTARTS] = str(nodes.restarts)
@@ -49,11 +50,10 @@ def main(argv: list[str]) -> int:
 def _run(nodes: Nodes, argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException  # torch takes seconds to import
 
-    signal.signal(signal.SIGUSR1, _pass_on)
     try:
         if nodes.count == 1:
             return _attempts(nodes, None, argv).status
-        peers = Peers(nodes, {"arguments": argv, "MAX_RESTARTS": nodes.restarts})
+        peers = Peers(nodes, {"arguments": argv, "MAX_RESTARTS": nodes.restarts, "NNODES": nodes.count})
         try:
             ending = _attempts(nodes, peers, argv)
             peers.leave()
@@ -103,9 +103,9 @@ def _attempt(argv: list[str]) -> Ending:
     from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         mark = Path(folder) / "mark"
-        os.environ[MARK] = str(mark)
+        os.environ[MARK], os.environ[LAUNCHER] = str(mark), str(os.getpid())
         # Where the processes have said why they end, torch's table of their numbers would be the last word.
         logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(lambda _: not mark.exists())
         try:
@@ -113,6 +113,8 @@ def _attempt(argv: list[str]) -> Ending:
             return Ending()
         except (ChildFailedError, SignalException) as error:
             marks = mark.read_text(encoding="ascii").split() if mark.exists() else []
+            if isinstance(error, ChildFailedError):  # a mark may be missing: a full disk, a folder cleaned up
+                marks.append(str(error.get_first_failure()[1].exitcode))
             for status in (FAULT_STATUS, STOPPED_STATUS):
                 if str(status) in marks:
                     cause = "a fault in what was given" if status == FAULT_STATUS else "asked to stop"
@@ -132,7 +134,7 @@ def _attempt(argv: list[str]) -> Ending:
 def _pass_on(number: int, frame: FrameType | None) -> None:
     """Tells the processes only; torchrun, which would kill them after 30 seconds, hears of it when they have saved."""
     if not signal_children(signal.Signals(number)):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(STOPPED_STATUS)  # nothing runs here yet, or any more
 
 
 if __name__ == "__main__":
