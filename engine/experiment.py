@@ -22,7 +22,7 @@ from engine.fold import FoldRun
 from engine.fold_files import check_states, forget_folds
 from engine.metrics.bootstrap import bootstrap, summarise
 from engine.records import GIVE_ANOTHER, Records, environment, open_folder
-from engine.run_names import run_folder
+from engine.run_names import run_folder, split_path
 from engine.setup import Setup, build_model, prepare
 from engine.staging import report_plan, staged
 from engine.tasks import Task, task_builder
@@ -99,7 +99,7 @@ def _all_folds(setup: Setup, processes: Processes, records: Records, begin: floa
             _begin(setup, processes, records)
         records.selection = fold_run.task.selection
         if processes.is_main:
-            path = records.folder / f"fold_{fold.index}_split.csv"
+            path = split_path(records.folder, fold.index)
             with writing(path, MAKE_ROOM):
                 write_split(fold, path)
         if config.run.script_mode != "test":

@@ -77,15 +77,15 @@ class FoldFiles:
             )
         state = checkpoint.load(self.last)
         stored, world = state["config"], state.get("world", self.processes.world)
-        if self.setup.config.run.script_mode != "test":
-            stored = self._with_this_batch_size(stored, world)
-        checkpoint.check_same_run(stored, self.setup.config.flat(), self.last)
-        self._check_data(state.get("data"))
         if world != self.processes.world and state["progress"].get("step", 0):
             raise UserError(
                 f"{self.last} was saved in the middle of an epoch by {world} process(es), and there are "
                 f"{self.processes.world} now. Go on with {world}, or give --resume=never to start anew."
             )
+        if self.setup.config.run.script_mode != "test":
+            stored = self._with_this_batch_size(stored, world)
+        checkpoint.check_same_run(stored, self.setup.config.flat(), self.last)
+        self._check_data(state.get("data"))
         return state
 
     def _with_this_batch_size(self, stored: Mapping[str, Any], world: int) -> Mapping[str, Any]:

@@ -22,6 +22,11 @@ def best_path(folder: Path, fold: int, weights: str) -> Path:
     return folder / f"fold_{fold}{ending(weights)}_model_best.pt"
 
 
+def split_path(folder: Path, fold: int) -> Path:
+    """The rows of a fold: ``fold_<k>_split.csv``."""
+    return folder / f"fold_{fold}_split.csv"
+
+
 def ending(weights: str) -> str:
     """What follows the names of metrics and files: nothing for the main weights, ``_ema`` for the EMA."""
     return "" if weights == "main" else f"_{weights}"

@@ -67,7 +67,8 @@ def prepare(config: Config) -> Setup:
     positions = uses_positions(mil, config.model) or data.num_group_2d is not None
     sources = open_sources(data, encoder is not None, positions)
     trained, training = read_trained(config), config.run.script_mode != "test"
-    options = LabelOptions.from_config(data, config.model, config.train, training)
+    elsewhere = config.run.checkpoint is not None
+    options = LabelOptions.from_config(data, config.model, config.train, training, elsewhere)
     cohort = load_cohort(with_trained(options, trained), sources.slides, sources.absent)
     cohort = checked(cohort, trained, config)
     _check_outputs(config, cohort)

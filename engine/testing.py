@@ -81,6 +81,8 @@ class Tester:
                 chosen.low,
                 chosen.high,
             )
+            for note in estimates.notes:
+                log.info("%s    %s", label, note)
             for line in results[name]["report"].pop("lines", ()):
                 log.info("%s    %s", label, line)
         selected_on = "none" if self.keep_last else self.fold.selection

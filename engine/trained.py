@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from datasets.labels.options import LabelOptions
 from datasets.labels.types import ELSEWHERE, Cohort, Fold
 from engine.checkpoint import load
-from engine.run_names import best_path, last_path, run_folder
+from engine.run_names import best_path, last_path, run_folder, split_path
 from utils.config import Config, ModelConfig
 from utils.errors import UserError
 
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 WHOLE_COPY = "take a whole copy of it, or train again with --resume=never"
 """Remedy for damaged weights of a run that is trained."""
+
+MOST_NAMED = 5
 
 OF_THE_START = {"enc_init", "enc_pt", "freeze_enc", "sdpa_type", "n_classes", "input_dim"}
 """Options of the model that a test does not use, or that the shapes of the weights tell."""
@@ -38,6 +41,7 @@ class Trained:
     """A fold's checkpoint without its weights; what files of the published program lack is None."""
 
     path: Path
+    fold: int | None
     task: str | None
     facts: Mapping[str, Any]
     classes: tuple[str, ...] | None
@@ -98,6 +102,7 @@ def _read(path: Path, config: Config) -> Trained:
     edges, classes = content.get("bin_edges"), content.get("classes")
     return Trained(
         path,
+        content.get("k"),
         content.get("task"),
         content.get("task_facts") or {},
         None if classes is None else tuple(classes),
@@ -130,10 +135,41 @@ def checked(cohort: Cohort, trained: Mapping[int, Trained], config: Config) -> C
                 f"{t.path} was trained on the classes {', '.join(t.classes or ())}, and the labels give "
                 f"{', '.join(cohort.class_names)}. Give the same with --classes, in that order."
             )
-    given = config.run.checkpoint
-    said = () if given is None else (f"Weights, order of the classes and survival bins are those of {given}.",)
+    given, said = config.run.checkpoint, list[str]()
+    if given is not None:
+        said.append(f"Weights, order of the classes and survival bins are those of {given}.")
+        said += [_known_to(trained[fold.index], fold) for fold in cohort.folds]
     folds = tuple(_completed(f, cohort, trained, config) for f in cohort.folds)
     return dataclasses.replace(cohort, folds=folds, notes=(*cohort.notes, *said))
+
+
+def _known_to(trained: Trained, fold: Fold) -> str:
+    """What of the test a model has seen in its training, by the names of slides and patients."""
+    rows = [] if trained.fold is None else _rows_of(split_path(trained.path.parent, trained.fold))
+    seen = [row for row in rows if row.get("split") in ("train", "val")]
+    if not seen:
+        return f"fold {fold.index}: what {trained.path} was trained on is not known, and not compared with the test."
+    found = []
+    for what, mine in (("slide", [s for t in fold.test for s in t.slides]), ("case", [t.case for t in fold.test])):
+        shared = sorted(set(mine).intersection(row.get(what, "") for row in seen))
+        listed = ", ".join(shared[:MOST_NAMED]) + (", ..." if len(shared) > MOST_NAMED else "")
+        found += [f"{len(shared)} {what}s ({listed})"] if shared else []
+    if not found:
+        return f"fold {fold.index}: no slide and no case of the test is among those that the model was trained on."
+    sentence = (
+        f"fold {fold.index}: {' and '.join(found)} of the test are among those that the model was trained on or chosen "
+        "by. Unless these are others of the same names, the result is optimistic."
+    )
+    log.warning("%s", sentence)
+    return sentence
+
+
+def _rows_of(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        return []
 
 
 def _completed(fold: Fold, cohort: Cohort, trained: Mapping[int, Trained], config: Config) -> Fold:

@@ -17,6 +17,9 @@ from engine.evaluate import Predictions, predict_all
 from engine.learner import Learner
 from engine.setup import Setup
 from utils.dist import Processes
+from utils.errors import UserError
+
+MOST_NAMED = 10
 
 
 def loader_options(
@@ -64,12 +67,26 @@ class Evaluator:
 
         Raises:
             Stopped: when a process was asked to stop; all processes raise it.
-            UserError: when the device has too little memory.
+            UserError: when the device has too little memory, and naming the bags whose logits are not finite.
         """
         learner, load = self.learner, memory.Load()
         models, calls = {name: learner.weights()[name] for name in names}, self._watched(split, load)
         with memory.explained(load, self.setup.config, training=False):
-            return predict_all(models, calls, learner.renderer, learner.precision, self.processes)
+            predictions = predict_all(models, calls, learner.renderer, learner.precision, self.processes)
+        for name, own in predictions.items():
+            self._check_finite(own, f"{split} bags (with the {name} weights)", self._samples[split])
+        return predictions
+
+    @staticmethod
+    def _check_finite(predictions: Predictions, what: str, samples: Sequence[Sample]) -> None:
+        bad = ~predictions.logits.isfinite().flatten(1).all(1)
+        if bad.any():
+            named = [samples[i].id for i in predictions.index[bad].tolist()]
+            listed = ", ".join(named[:MOST_NAMED]) + (", ..." if len(named) > MOST_NAMED else "")
+            raise UserError(
+                f"the logits of {len(named)} of {len(bad)} {what} are not finite: {listed}. Look at their patches or "
+                "features; if they are sound, try --amp_dtype=bf16, no --amp, or a lower --lr."
+            )
 
     def _watched(self, split: str, load: memory.Load) -> Iterator[Bags]:
         """The encoder calls of a split; ``load`` follows them."""

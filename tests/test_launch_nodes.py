@@ -56,6 +56,8 @@ if what == "fault":
 if what == "stopped":
     leave_mark()
     sys.exit(75)
+if what == "stopped without a mark":
+    sys.exit(75)
 if what == "fail" and rank == 1:
     sys.exit(7)
 """
@@ -139,7 +141,23 @@ def test_a_machine_that_dies_ends_the_other_within_a_minute(checkout: Path, tmp_
     runs[victim].wait()
 
 
-@pytest.mark.parametrize(("what", "status"), [("fault", 2), ("stopped", 75)])
+@pytest.mark.slow
+def test_a_machine_0_that_is_silent_but_connected_ends_the_other_within_a_minute(
+    checkout: Path, tmp_path: Path
+) -> None:
+    runs = start_two(checkout, str(tmp_path), "hang")
+    wait_for(tmp_path / "rank0", tmp_path / "rank1")
+    os.kill(runs[0].pid, signal.SIGSTOP)
+    try:
+        status, text = end([runs[1]])[0]
+    finally:
+        os.killpg(runs[0].pid, signal.SIGKILL)
+        runs[0].wait()
+    assert status == 1
+    assert "machine 0 has not answered for 20 s, so the run ends" in text
+
+
+@pytest.mark.parametrize(("what", "status"), [("fault", 2), ("stopped", 75), ("stopped without a mark", 75)])
 def test_a_fault_or_a_stop_is_not_tried_again(checkout: Path, tmp_path: Path, what: str, status: int) -> None:
     assert end([start(checkout, 2, str(tmp_path), what, MAX_RESTARTS="5")])[0][0] == status
     assert len((tmp_path / "rank0").read_text().splitlines()) == 1
@@ -160,6 +178,17 @@ def test_a_wish_to_stop_that_comes_before_anybody_listens_is_heeded(checkout: Pa
     assert end([run])[0][0] == 75
 
 
+def test_a_wish_to_stop_while_other_machines_are_waited_for_is_heeded(checkout: Path, tmp_path: Path) -> None:
+    place = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    run = start(checkout, 1, str(tmp_path), "hang", **place)
+    assert run.stderr is not None
+    for line in run.stderr:
+        if "waits for" in line:
+            break
+    run.send_signal(signal.SIGUSR1)
+    assert run.wait(timeout=30) == 75
+
+
 def test_one_machine_tries_again_as_often_as_it_is_told(checkout: Path, tmp_path: Path) -> None:
     status, text = end([start(checkout, 2, str(tmp_path), "fail", MAX_RESTARTS="2")])[0]
     assert status == 1
@@ -174,6 +203,15 @@ def test_machines_with_other_arguments_are_refused(checkout: Path, tmp_path: Pat
         assert status == 2
         assert "has other arguments than machine" in text
     assert not list(tmp_path.iterdir())
+
+
+def test_machines_that_count_their_number_differently_are_refused(checkout: Path, tmp_path: Path) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    counts = ("2", "3")
+    runs = [start(checkout, 1, str(tmp_path), "record", **place, NODE_RANK=str(r), NNODES=counts[r]) for r in (0, 1)]
+    ended = end(runs)
+    assert all(status != 0 for status, _ in ended)
+    assert any("has other NNODES than machine" in text for _, text in ended)
 
 
 def test_a_port_that_is_taken_is_named(checkout: Path, tmp_path: Path) -> None:

@@ -173,6 +173,27 @@ def test_other_data_or_another_number_of_processes_is_refused(tiny: TinyCohort, 
     assert "was trained on other stores" in log_of(tmp_path)
 
 
+def test_another_number_of_processes_goes_on_with_as_many_bags_per_step(tiny: TinyCohort, tmp_path: Path) -> None:
+    arguments = options(tiny, tmp_path)
+    assert Job([*arguments, "--num_epoch=2"]).wait() == [0]
+    assert Job([*arguments, "--num_epoch=2"], world=2).wait() == [2, 2]
+    assert "was trained with 2 bags per step (1 x batch_size 2), and 2 process(es) with batch_size 2 take 4" in log_of(
+        tmp_path
+    )
+    assert "Give --batch_size=1" in log_of(tmp_path)
+    assert Job([*arguments, "--num_epoch=2", "--batch_size=1"], world=2).wait() == [0, 0]
+
+
+def test_a_refused_run_leaves_what_the_folder_says_of_itself(tiny: TinyCohort, tmp_path: Path) -> None:
+    arguments = options(tiny, tmp_path, "--num_epoch=1")
+    assert Job(arguments).wait() == [0]
+    before = {p.name: p.read_bytes() for p in folder(tmp_path).iterdir() if p.name not in ("log.txt", ".lock")}
+    for other in (["--n_heads=4"], ["--input_dim=7"], ["--input_dim=7", "--resume=never"]):
+        assert Job([*arguments, *other]).wait() == [2]
+    after = {p.name: p.read_bytes() for p in folder(tmp_path).iterdir() if p.name not in ("log.txt", ".lock")}
+    assert after == before
+
+
 def test_a_store_that_moved_is_the_same_store(tiny: TinyCohort, tmp_path: Path) -> None:
     arguments = options(tiny, tmp_path, "--num_epoch=1")
     assert Job(arguments).wait() == [0]

@@ -20,7 +20,7 @@ from killing import Job
 from tiny import TinyCohort, make_tiny_cohort
 
 import main
-from utils.stop import MARK, RESTARTS
+from utils.stop import LAUNCHER, MARK, RESTARTS
 
 ROOT = Path(main.__file__).parent
 SMALL = ("--model=e2e_timm:test_resnet_abmilx", "--batch_size=2", "--num_workers=0")
@@ -200,6 +200,21 @@ def test_a_run_folder_that_machines_do_not_share_is_refused(tiny: TinyCohort, tm
     assert [status for status, _ in ended] == [2, 2]
     assert "is there for 1 of 2 processes. Give an --output_path on a disk that all machines" in ended[0][1]
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_process_whose_launcher_is_gone_already_ends_at_once(tmp_path: Path) -> None:
+    code = "from utils.dist import processes\nwith processes('cpu'): print('alive')"
+    env = os.environ | {MARK: str(tmp_path / "mark"), LAUNCHER: "1"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "")
+
+
+def test_a_mark_that_cannot_be_written_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(MARK, str(tmp_path / "gone" / "mark"))
+    assert main.main(["--inner_dimm=3"]) == 2
+    assert "there is no option '--inner_dimm'" in caplog.text
 
 
 def test_main_tells_the_launcher_of_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

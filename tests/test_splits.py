@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -160,7 +161,7 @@ def test_a_test_needs_no_train_and_val_rows(tmp_path: Path) -> None:
     for fold in cohort.folds:
         assert (fold.train, fold.selection) == ((), "another cohort")
         assert sorted(sample.id for sample in fold.test) == sorted(slides)
-    assert "a test only, of a model that was trained on other rows; 120 rows are tested." in " ".join(cohort.notes)
+    assert "a test only, of 120 rows." in " ".join(cohort.notes)
     some = [line + (",val" if line.startswith("p1,") else ",test") for line in plain[1:]]
     (tmp_path / "labels.csv").write_text("\n".join([plain[0] + ",fold", *some]))
     sizes = [len(folds(tmp_path, slides, cv_fold=1, training=False, val2test=v).folds[0].test) for v in (False, True)]
@@ -176,6 +177,14 @@ def test_without_training_a_csv_is_divided_as_it_was_for_it(tmp_path: Path) -> N
         assert folds(tmp_path, slides, training=False, **values).folds == folds(tmp_path, slides, **values).folds
     (whole,) = folds(tmp_path, slides, training=False, cv_fold=1).folds
     assert sorted(sample.id for sample in whole.test) == sorted(slides)
+
+
+@pytest.mark.parametrize("values", [{"cv_fold": 1}, {"cv_fold": 1, "val_ratio": 0.125}, {"cv_fold": 3}])
+def test_a_model_of_another_run_is_tested_on_all_rows_without_a_split(tmp_path: Path, values: dict[str, Any]) -> None:
+    slides = cohort_csv(tmp_path)
+    for fold in folds(tmp_path, slides, training=False, elsewhere=True, **values).folds:
+        assert (fold.train, fold.selection) == ((), "another cohort")
+        assert sorted(sample.id for sample in fold.test) == sorted(slides)
 
 
 def test_survival_bins_of_a_test_are_those_of_the_checkpoint(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -275,7 +276,42 @@ def test_another_cohort_is_tested_with_what_the_checkpoint_knows(
     assert said["selection"]["split"] == ["another cohort"]
     assert f"Weights, order of the classes and survival bins are those of {run}." in said["cohort"]["notes"]
     assert said["folds"][0]["epochs"] is None
+    seen = "no slide and no case of the test is among those that the model was trained on."
+    assert f"fold 0: {seen}" in said["cohort"]["notes"]
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"} == before
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_slide_of_numbers_that_are_none_is_named(
+    cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: str
+) -> None:
+    with (cohort.folder / "classes.csv").open() as file:
+        (slide, *_) = next(row for row in csv.reader(file) if row[-1] == split)
+    shutil.copytree(cohort.folder / "pt_files", tmp_path / "pt_files")
+    features = torch.load(tmp_path / "pt_files" / f"{slide}.pt", weights_only=True)
+    features[0, 0] = torch.inf
+    torch.save(features, tmp_path / "pt_files" / f"{slide}.pt")
+    options = cohort.options("classes", tmp_path / "run", "--num_epoch=1", f"--dataset_root={tmp_path}")
+    assert main.main(options) == 2
+    assert f"{split} bags (with the main weights) are not finite: {slide}." in caplog.text
+
+
+def test_patients_that_the_model_was_trained_on_are_named(
+    cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main.main(cohort.options("classes", tmp_path / "run", "--num_epoch=1")) == 0
+    run = tmp_path / "run" / "default" / "default"
+    with (run / "fold_0_split.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    names = json.loads((run / "results.json").read_text())["classes"]
+    with (tmp_path / "other.csv").open("w") as file:
+        file.write("case,slide,label\n" + "".join(f"{r['case']},{r['slide']},{names[int(r['label'])]}\n" for r in rows))
+    given = [f"-c={run / 'config.yaml'}", "--script_mode=test", f"--checkpoint={run}"]
+    given += [f"--csv_path={tmp_path / 'other.csv'}", "--val_ratio=0.3", f"--output_path={tmp_path / 'other'}"]
+    assert main.main(given) == 0
+    sentence = f"fold 0: {len(rows)} slides ({', '.join(sorted(r['slide'] for r in rows)[:5])}, ...) and"
+    assert sentence in caplog.text
+    assert any(note.startswith(sentence) for note in results(tmp_path / "other")["cohort"]["notes"])
 
 
 def test_a_model_of_two_magnifications_is_tested_without_the_low_one(

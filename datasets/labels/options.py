@@ -46,6 +46,8 @@ class LabelOptions:
             used as it stands, else the bins are cut on the whole table.
         n_bins: number of survival bins.
         training: whether anything is trained; a test needs no train and val rows.
+        elsewhere: whether the model is that of another run (``--checkpoint``), so that a csv without a split column
+            holds test rows only.
         edges: survival bins of the folds whose checkpoints give them.
     """
 
@@ -66,11 +68,12 @@ class LabelOptions:
     bins: str = "train"
     n_bins: int = DEFAULT_BINS
     training: bool = True
+    elsewhere: bool = False
     edges: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
 
     @classmethod
     def from_config(
-        cls, data: DataConfig, model: ModelConfig, train: TrainConfig, training: bool = True
+        cls, data: DataConfig, model: ModelConfig, train: TrainConfig, training: bool = True, elsewhere: bool = False
     ) -> LabelOptions:
         """The part of the program's options that concerns labels.
 
@@ -97,6 +100,7 @@ class LabelOptions:
             bins=data.surv_bins,
             n_bins=model.n_classes if model.n_classes and model.n_classes > 1 else DEFAULT_BINS,
             training=training,
+            elsewhere=elsewhere,
         )
 
     @property

@@ -127,14 +127,16 @@ def _rare(table: Table, folds: int) -> list[str]:
 
 
 def only_tested(table: Table, options: LabelOptions) -> bool:
-    """Whether nothing is trained and the csv says that it holds no train rows: a cohort that the model has not seen."""
-    return not options.training and "split" in table.columns and all(row.split != "train" for row in table.rows)
+    """Whether nothing is trained and the csv holds no train rows: a cohort for a model that is there already."""
+    if "split" not in table.columns:
+        return options.elsewhere
+    return not options.training and all(row.split != "train" for row in table.rows)
 
 
 def _on_all(table: Table, test: tuple[Row, ...]) -> SplitRows:
-    said = f"{table.name}: a test only, of a model that was trained on other rows; {len(test)} rows are tested"
+    said = f"{table.name}: a test only, of {len(test)} rows"
     left = len(table.rows) - len(test)
-    said += f", and {left} val rows are not (--val2test adds them)." if left else "."
+    said += f"; {left} val rows are left out (--val2test adds them)." if left else "."
     return SplitRows((), test, test, ELSEWHERE, (said,))
 
 
@@ -165,7 +167,7 @@ def own_split(table: Table, options: LabelOptions, fold: int, faults: Faults) ->
 
 
 def _random_test(table: Table, options: LabelOptions, fold: int, faults: Faults) -> SplitRows:
-    if not (options.training or options.val_ratio):
+    if only_tested(table, options) or not (options.training or options.val_ratio):
         return _on_all(table, tuple(table.rows))
     if not options.val_ratio:
         faults.add(
