@@ -68,9 +68,14 @@ def read_process_list(path: Path, base: SlideParams) -> list[Row]:
     if not path.is_file():
         raise UserError(f"--process_list {path}: there is no such file. It is looked up in --save_dir.")
     with path.open(newline="", encoding="utf-8-sig") as file:
-        records = list(csv.DictReader(file))
+        header = file.readline().rstrip("\r\n")
+        separator = next((s for s in (",", ";", "\t") if "slide_id" in header.split(s)), ",")
+        file.seek(0)
+        records = list(csv.DictReader(file, delimiter=separator))
     if not records or "slide_id" not in records[0]:
-        raise UserError(f"{path}: needs a header with the column slide_id, and a row per slide.")
+        raise UserError(
+            f"{path}: needs a header with the column slide_id, and a row per slide. Its first line is {header[:80]!r}."
+        )
     faults, rows = Faults(str(path)), []
     for number, record in enumerate(records, start=2):
         try:

@@ -52,13 +52,24 @@ def choose_rows(args: argparse.Namespace, base: SlideParams) -> list[Row]:
         given = Path(args.process_list)
         inside = args.save_dir / given
         rows = read_process_list(inside if inside.is_file() or not given.is_file() else given, base)
-        find_slides(args.source)
+        _with_extension(rows, find_slides(args.source))
     else:
         rows = [Row(name, base) for name in find_slides(args.source)]
     if args.slide_list:
         rows = _listed(rows, args.slide_list)
     _check_names(rows)
     return _shard(rows, args.shard) if args.shard else rows
+
+
+def _with_extension(rows: Sequence[Row], present: Sequence[str]) -> None:
+    """Gives names without an extension that of the one file of that name."""
+    files: dict[str, list[str]] = {}
+    for name in present:
+        files.setdefault(Path(name).stem, []).append(name)
+    for row in rows:
+        fitting = files.get(row.slide_id, [])
+        if row.slide_id not in present and len(fitting) == 1:
+            row.slide_id = fitting[0]
 
 
 def _listed(rows: Sequence[Row], path: Path) -> list[Row]:

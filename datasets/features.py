@@ -117,7 +117,11 @@ def _read_pt(path: Path) -> tuple[torch.Tensor, NDArray[np.int64] | None]:
     else:
         values, coords = content, None
     if not isinstance(values, torch.Tensor):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a tensor of features (N, D).")
+        held = f"a {type(content).__name__}"
+        if isinstance(content, Mapping):
+            keys = ", ".join(map(str, list(content)[:10]))
+            held = f"a dict with {keys or 'nothing'}, and none of {', '.join(FEATURE_NAMES)}"
+        raise UserError(f"{path}: holds {held}, not a tensor of features (N, D).")
     return values, None if coords is None else np.asarray(coords, dtype=np.int64)
 
 

@@ -60,7 +60,7 @@ def _process_faults(config: Config, fold: Fold, world: int) -> Iterator[str]:
     if options.sync_bn and world > 1 and least == 0:
         yield (
             f"the last step of an epoch has {count % (options.batch_size * world)} of {count} bags, fewer than there "
-            "are processes, and sync_bn needs a bag in each. Remove --no_drop_last or --sync_bn, or start fewer "
+            "are processes, and sync_bn needs a bag in each. Give --drop_last or --no_sync_bn, or start fewer "
             "processes."
         )
 

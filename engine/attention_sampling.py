@@ -32,9 +32,9 @@ def check_attention_sampling(data: DataConfig, mil: nn.Module) -> None:
     """
     reasons = [
         "it keeps --same_psize patches of a bag, and that is 0" if not bag_limit(data) else "",
-        "bags of two magnifications are drawn per magnification: remove --mul_scale_input" * data.mul_scale_input,
-        "duplicates would be voted for twice: remove --pad_enc_bs" * data.pad_enc_bs,
-        "regions choose by themselves: remove --num_group_1d and --num_group_2d"
+        "bags of two magnifications are drawn per magnification: give --no_mul_scale_input" * data.mul_scale_input,
+        "duplicates would be voted for twice: give --no_pad_enc_bs" * data.pad_enc_bs,
+        "regions choose by themselves: give --num_group_1d=none --num_group_2d=none"
         if data.num_group_1d or data.num_group_2d
         else "",
         f"the head {type(mil).__name__} has no attention" * (not hasattr(mil, "attention")),

@@ -44,6 +44,9 @@ log = logging.getLogger(__name__)
 EVALUATED = {"main": ("main",), "ema": ("ema",), "both": ("main", "ema"), "both_ema": ("ema", "main")}
 """``test_type`` -> sets of weights that are evaluated; the first one decides on early stopping."""
 
+MOST_OF_START = 0.1
+"""Share of the weights of the start in an EMA, above which it says little about the training."""
+
 GO_ON, SAVE, STOP = 0, 1, 2
 """What a rank wishes after a step; the largest wish of all ranks is done."""
 
@@ -159,6 +162,7 @@ class FoldRun:
         """
         for line in describe(self.setup, self.learner.model, self.learner.precision):
             log.info("%s", line)
+        self._look_at_ema()
         if self._finished():
             log.info("%s: all %d epochs are trained already.", self.label, self.progress.epoch)
             return
@@ -176,6 +180,23 @@ class FoldRun:
                     break
         if self.progress.epoch < options.num_epoch:
             log.info("%s: stopped early after epoch %d.", self.label, self.progress.epoch)
+
+    def _look_at_ema(self) -> None:
+        """Warns where the moving average cannot leave the start behind in as many updates as there will be."""
+        options = self.train_options
+        steps = training_stream(self.setup, self.fold, self.processes, (0, 1)).steps_per_epoch
+        updates = options.num_epoch * -(-steps // options.accumulation_steps)
+        left = options.mm**updates
+        if "ema" in self.names and left > MOST_OF_START:
+            log.warning(
+                "%s: after all %d updates the EMA, which --test_type=%s evaluates, still holds %.0f %% of the starting "
+                "weights. Lower --mm, to %.4f or less, or give --test_type=main.",
+                self.label,
+                updates,
+                self.eval_options.test_type,
+                100 * left,
+                0.01 ** (1 / updates),
+            )
 
     def _one_epoch(self, epoch: int, batches: Iterator[Bags], stream: TrainStream) -> dict[str, Any]:
         if self.progress.trained is None:

@@ -146,7 +146,7 @@ def uses_positions(mil: str, options: ModelConfig) -> bool:
 def _check_outputs(config: Config, cohort: Cohort) -> None:
     asked = config.model.n_classes
     if asked not in (None, 1) and cohort.task == "regression":
-        raise UserError(f"n_classes is {asked}, but a regression has one output. Remove --n_classes.")
+        raise UserError(f"n_classes is {asked}, but a regression has one output. Give --n_classes=none.")
 
 
 def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Renderer | None]:
@@ -171,7 +171,7 @@ def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Rend
         renderer = Renderer(setup.config.data.crop_size, encoder.mean, encoder.std, channels_last=train.channels_last)
     if width is None or (options.input_dim is not None and options.input_dim != width):
         what = f"the features of encoder {setup.encoder}" if setup.encoder else "the feature files"
-        raise UserError(f"input_dim is {options.input_dim}, but {what} have width {width}. Remove --input_dim.")
+        raise UserError(f"input_dim is {options.input_dim}, but {what} have width {width}. Give --input_dim=none.")
     mil = build_mil(setup.mil, width, outputs, options)
     model = SlideModel(mil, encoder, train.p_batch_size, options.freeze_enc, train.grad_checkpointing)
     if train.channels_last and encoder is not None:

@@ -54,21 +54,21 @@ def _check_full_bag(config: Config, faults: Faults) -> None:
         return
     reasons = {
         "every patch is trained on: give --same_psize=0": data.same_psize,
-        "every patch is trained on: remove --max_patch_train": data.max_patch_train,
+        "every patch is trained on: give --max_patch_train=none": data.max_patch_train,
         "every patch is trained on, so none is chosen: give --sel_type=random": data.sel_type != "random",
-        "every patch is trained on, so no region goes first: remove --num_group_1d and --num_group_2d": (
+        "every patch is trained on, so no region goes first: give --num_group_1d=none --num_group_2d=none": (
             data.num_group_1d or data.num_group_2d
         ),
-        "bags are not filled up: remove --pad_enc_bs and --all_patch_train": data.pad_enc_bs or data.all_patch_train,
+        "bags are not filled up: give --no_pad_enc_bs --no_all_patch_train": data.pad_enc_bs or data.all_patch_train,
         "it is for patches, and features need no encoder: give a model e2e_<encoder>_<mil>": (
             not config.model.model.startswith("e2e_")
         ),
-        "processes have different numbers of encoder calls, and --sync_bn would let them wait for each other: remove "
-        "--sync_bn": train.sync_bn,
+        "processes have different numbers of encoder calls, and --sync_bn would let them wait for each other: give "
+        "--no_sync_bn": train.sync_bn,
         "every chunk size would be recorded as a CUDA graph of its own: give --torchcompile_mode=default": (
             train.torchcompile and train.torchcompile_mode != "default"
         ),
-        "only one encoder call's activations are held anyway: remove --grad_checkpointing": train.grad_checkpointing,
+        "only one encoder call's activations are held anyway: give --no_grad_checkpointing": train.grad_checkpointing,
     }
     for reason, applies in reasons.items():
         if applies:

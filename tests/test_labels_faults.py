@@ -172,9 +172,9 @@ def test_one_patient_with_two_labels_cannot_be_one_bag(tmp_path: Path) -> None:
     ("old", "new", "part"),
     [
         ("1,10,1", "1,,1", "row 2: the survival time is missing"),
-        ("1,10,1", "1,-3,1", "row 2: the survival time is '-3'"),
-        ("1,10,1", "1,nan,1", "row 2: the survival time is 'nan'"),
-        ("1,10,1", "1,10,dead", "row 2: the status is 'dead'. Write 1 where the event happened"),
+        ("1,10,1", "1,-3,1", "row 2: the survival time is no number of 0 or more (here '-3')"),
+        ("1,10,1", "1,nan,1", "row 2: the survival time is no number of 0 or more (here 'nan')"),
+        ("1,10,1", "1,10,gone", "row 2: the status is 'gone'. Write 1 where the event happened"),
         ("1,10,1", "1,10,2", "row 2: the status is '2'"),
         ("Status", "Stat", "needs the column Status (1 = event, 0 = censored)"),
         (",1,train", ",0,train", "the train set holds no event"),
@@ -184,11 +184,39 @@ def test_survival_faults(tmp_path: Path, old: str, new: str, part: str) -> None:
     assert part in surv_fault(tmp_path, SURV.replace(old, new))
 
 
+def test_words_for_events_are_read_and_faults_of_rows_come_without_their_consequences(tmp_path: Path) -> None:
+    words = SURV.replace(",1,train", ",DECEASED,train").replace(",0,", ",0:LIVING,")
+    (tmp_path / "words.csv").write_text(words, encoding="utf-8")
+    (tmp_path / "plain.csv").write_text(SURV, encoding="utf-8")
+    cohorts = [
+        load_cohort(
+            LabelOptions(csv_path=str(tmp_path / f"{name}.csv"), datasets="surv", cv_fold=1),
+            [line.split(",")[0] for line in SURV.split("\n")[1:] if line],
+        )
+        for name in ("words", "plain")
+    ]
+    assert cohorts[0].folds == cohorts[1].folds
+    message = surv_fault(tmp_path, SURV.replace(",1,train", ",gone,train"))
+    assert "the status is 'gone'" in message
+    assert "1 fault" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("a,IDC\nb,ILC\nc,IDC\nd,ILC\n", "row 1 looks like data (a, IDC)"),
+        (",train,val,test\n0,a,c,d\n1,b,,\n", "is a table of CLAM's splits"),
+    ],
+)
+def test_files_without_the_header_that_is_needed(tmp_path: Path, text: str, part: str) -> None:
+    assert part in fault(tmp_path, text, datasets="mine")
+
+
 @pytest.mark.parametrize("separator", [";", "\t"])
 def test_decimal_commas_are_refused_not_guessed(tmp_path: Path, separator: str) -> None:
     text = SURV.replace(",", separator).replace(f"1{separator}10{separator}", f"1{separator}3,5{separator}", 1)
     message = surv_fault(tmp_path, text)
-    assert "row 2: the survival time is '3,5', not a number" in message
+    assert "row 2: the survival time is no number of 0 or more (here '3,5')" in message
     assert "Write a point for the decimal comma." in message
     numbers = GOOD.replace("IDC", "1.5").replace("ILC", "2.5").replace(",", separator).replace("1.5", "1,5", 1)
     message = fault(tmp_path, numbers, datasets="mine", task="regression")

@@ -186,7 +186,7 @@ def test_runs_with_every_kind_of_sampling(tiny: TinyCohort, tmp_path: Path, extr
     ("extra", "sentence"),
     [
         (["--sel_type=ema", "--same_psize=0"], "keeps --same_psize patches of a bag, and that is 0"),
-        (["--sel_type=ema", "--pad_enc_bs"], "remove --pad_enc_bs"),
+        (["--sel_type=ema", "--pad_enc_bs"], "give --no_pad_enc_bs"),
         (["--sel_type=ema", "--model=e2e_timm:test_resnet_meanP"], "FeatureMean has no attention"),
         (["--num_group_1d=2", "--num_group_2d=2"], "give one of them"),
         (["--num_group_1d=0"], "num_group_1d is 0, but must be at least 1"),

@@ -210,6 +210,15 @@ def test_process_list_restricts_and_parameterises(source, tmp_path):
     assert table(tmp_path)["s1.png"]["status"] == "tbp"
 
 
+def test_process_list_of_a_spreadsheet_with_names_without_extension(source, tmp_path):
+    (tmp_path / "mine.csv").write_text("slide_id;process;contour_fn\ns0;1;basic\ns1.png;0;\n")
+    assert run(source, tmp_path, "--process_list", "mine.csv") == 0
+    assert {name: row["status"] for name, row in table(tmp_path).items()} == {"s0.png": "processed", "s1.png": "tbp"}
+    (tmp_path / "other.csv").write_text("slide;process\ns0.png;1\n")
+    with pytest.raises(UserError, match="Its first line is 'slide;process'"):
+        read_process_list(tmp_path / "other.csv", SlideParams())
+
+
 def test_old_format_list_is_converted(source, tmp_path):
     """Column a: area in px of seg_level (0 here, 1 px = 1 level-0 px): 524,288 px are 2 units of 512 x 512."""
     (tmp_path / "old.csv").write_text("slide_id,process,status,seg_level,sthresh,a\ns0.png,1,tbp,0,20,524288\n")

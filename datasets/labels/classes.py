@@ -68,7 +68,7 @@ def _given(labels: list[str], options: LabelOptions, faults: Faults) -> Classes:
     if options.n_classes not in (None, len(names)):
         faults.add(
             f"classes names {len(names)} ({', '.join(names)}), but n_classes is {options.n_classes}. "
-            "Leave --n_classes out or make them agree."
+            "Give --n_classes=none or make them agree."
         )
     positions = {str(i) for i in range(len(names))}
     by_number = bool(labels) and not set(labels) & set(names) and {_plain(label) for label in labels} <= positions
@@ -104,7 +104,7 @@ def _inferred(labels: list[str], options: LabelOptions, faults: Faults) -> Class
     if options.n_classes not in (None, len(names)):
         faults.add(
             f"the csv holds {len(names)} classes ({', '.join(names[:10])}), but n_classes is "
-            f"{options.n_classes}. Leave --n_classes out, or name the classes in order with --classes."
+            f"{options.n_classes}. Give --n_classes=none, or name the classes in order with --classes."
         )
     return Classes(names, (f"Classes inferred from the csv, sorted: {_listing(names)}. --classes sets another order.",))
 

@@ -66,6 +66,8 @@ def load_cohort(options: LabelOptions, slides: Collection[str], absent: Mapping[
     notes += [note for draft in drafts for note in draft.rows.notes]
     matches, said = _match(options, tables, Matcher(slides, absent or {}), faults)
     notes += said
+    if options.survival:
+        faults.raise_if_any()  # what the bins and events of unread rows would say is not so
     builder = FoldBuilder(options, classes, faults)
     folds = tuple(builder.build(draft, matches[draft.table.name]) for draft in drafts)
     faults.raise_if_any()

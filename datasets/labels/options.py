@@ -154,7 +154,7 @@ class LabelOptions:
         if self.kind == "multilabel":
             found += self._multilabel_problems()
         if self.kind == "regression" and self.classes:
-            found.append("classes is given, but a regression has none. Remove --classes.")
+            found.append("classes is given, but a regression has none. Give --classes=none.")
         found += _outside("task", self.task, ("auto", "classification", "survival", "regression", "multilabel"))
         found += _outside("missing", self.missing, ("error", "drop"))
         found += _outside("bag_level", self.bag, ("auto", "slide", "case"))
@@ -165,7 +165,9 @@ class LabelOptions:
         if not self.classes:
             return ["task multilabel needs the names of the label columns, such as --classes=ER,PR,HER2."]
         if self.n_classes not in (None, len(self.classes)):
-            return [f"classes names {len(self.classes)} labels, but n_classes is {self.n_classes}. Remove --n_classes."]
+            return [
+                f"classes names {len(self.classes)} labels, but n_classes is {self.n_classes}. Give --n_classes=none."
+            ]
         return []
 
 

@@ -18,6 +18,21 @@ from utils.errors import Faults
 
 _TCGA_CASE = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|C3[LN]-\d{5})(?=$|[-.])")
 _DECIMAL_COMMA = re.compile(r"[+-]?\d*,\d+")
+CLAM_SPLITS = ["", "train", "val", "test"]
+"""Header of CLAM's files of splits."""
+
+EVENT_WORDS = {
+    "true": 1.0,
+    "false": 0.0,
+    "dead": 1.0,
+    "alive": 0.0,
+    "deceased": 1.0,
+    "living": 0.0,
+    "1:deceased": 1.0,
+    "0:living": 0.0,
+}
+"""Words of public tables for an event (1) and a censored time (0)."""
+
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 """What may separate cells; Excel writes semicolons where the comma is the decimal point."""
 
@@ -98,7 +113,7 @@ def read_table(path: Path, survival: bool, faults: Faults, label_columns: tuple[
         return empty
     header = [name.strip() for name in lines[0][1]]
     found = find_multilabel_columns(header, label_columns) if label_columns else find_columns(header, survival)
-    columns = _columns(path.name, header, found, faults)
+    columns = _columns(path.name, [header, *(cells for _, cells in lines[1:])], found, faults)
     if columns is None:
         return empty
     body = []
@@ -147,8 +162,9 @@ def _separator(header: list[str]) -> str:
     return fitting[0] if len(fitting) == 1 else ","
 
 
-def _columns(name: str, header: list[str], columns: dict[str, int] | str, faults: Faults) -> dict[str, int] | None:
+def _columns(name: str, lines: list[list[str]], columns: dict[str, int] | str, faults: Faults) -> dict[str, int] | None:
     """``columns``, the roles found in the header or what is wrong with it, once the header itself is sound."""
+    header = lines[0]
     if len(header) == 1 and any(separator in header[0] for separator in SEPARATORS):
         faults.add(f"{name}: what separates the cells of {header[0]!r} is not clear. Save it with commas.")
         return None
@@ -159,12 +175,27 @@ def _columns(name: str, header: list[str], columns: dict[str, int] | str, faults
     if isinstance(columns, str):
         faults.add(f"{name}: {columns}")
         return None
-    if "split" in columns and header[columns["split"]].lower() in SPLIT_WORDS:
+    if header == CLAM_SPLITS:
+        faults.add(
+            f"{name} is a table of CLAM's splits, a column of slides for each. Write a row per slide with its label, "
+            "such as case,slide,label,fold."
+        )
+        return None
+    if _is_data(columns, lines):
         faults.add(
             f"{name}: row 1 looks like data ({', '.join(header)}). Add a header line, such as case,slide,label,fold."
         )
         return None
     return columns
+
+
+def _is_data(columns: dict[str, int], lines: list[list[str]]) -> bool:
+    """Whether the first line is a row: what stands for a split is one, or a label of other rows, or a number."""
+    first = {role: lines[0][place] for role, place in columns.items()}
+    if first.get("split", "").lower() in SPLIT_WORDS or _number(first.get("time", "")) is not None:
+        return True
+    label = columns.get("label")
+    return label is not None and first["label"] in {cells[label].strip() for cells in lines[1:] if label < len(cells)}
 
 
 def _notes(name: str, columns: dict[str, int], rows: tuple[Row, ...]) -> tuple[str, ...]:
@@ -187,16 +218,17 @@ class _Parser:
         self.name = name
         self.columns = columns
         self.faults = faults
-        self.found: dict[str, list[int]] = {}
+        self.found: dict[str, tuple[str, list[int]]] = {}
 
     def parse(self, body: list[tuple[int, list[str]]]) -> tuple[Row, ...]:
         rows = [row for number, cells in body if (row := self._row(number, cells)) is not None]
-        for sentence, numbers in self.found.items():
+        for sentence, numbers in self.found.values():
             self.faults.add(f"{self.name} {rows_text(numbers)}: {sentence}")
         return tuple(rows)
 
-    def _bad(self, number: int, sentence: str) -> None:
-        self.found.setdefault(sentence, []).append(number)
+    def _bad(self, number: int, sentence: str, kind: str = "") -> None:
+        """Notes a fault; those of a ``kind`` (default: the sentence) are one, with the sentence of the first."""
+        self.found.setdefault(kind or sentence, (sentence, []))[1].append(number)
 
     def _cell(self, role: str, cells: list[str]) -> str | None:
         return cells[self.columns[role]] if role in self.columns else None
@@ -238,15 +270,15 @@ class _Parser:
         text = self._cell("time", cells) or ""
         value = _number(text)
         if value is None or value < 0:
-            what = "missing" if not text else f"{text!r}, not a number of 0 or more"
+            what = "missing" if not text else f"no number of 0 or more (here {text!r})"
             remedy = f"Give the time, in months, say, or remove the row.{point_hint(text)}"
-            self._bad(number, f"the survival time is {what}. {remedy}")
+            self._bad(number, f"the survival time is {what}. {remedy}", "no time" if text else "")
             return 0.0
         return value
 
     def _event(self, number: int, cells: list[str]) -> int:
         text = self._cell("event", cells) or ""
-        value = _number(text)
+        value = EVENT_WORDS.get(text.lower(), _number(text))
         if value not in (0.0, 1.0):
             self._bad(
                 number,

@@ -79,12 +79,12 @@ def _check_balance(config: Config, cohort: Cohort, faults: Faults) -> None:
     if config.train.balanced_sampling and cohort.task == "multilabel":
         faults.add(
             "balanced_sampling draws every class equally often, and the bags of a multilabel task have several labels. "
-            "Remove --balanced_sampling; --class_weights=balanced weighs the positives of each label instead."
+            "Give --no_balanced_sampling; --class_weights=balanced weighs the positives of each label instead."
         )
     elif config.train.balanced_sampling and cohort.task != "classification":
-        faults.add(f"balanced_sampling needs classes, and the task is {cohort.task}. Remove --balanced_sampling.")
+        faults.add(f"balanced_sampling needs classes, and the task is {cohort.task}. Give --no_balanced_sampling.")
     if weights is not None and cohort.task not in ("classification", "multilabel"):
-        faults.add(f"class_weights needs classes, and the task is {cohort.task}. Remove --class_weights.")
+        faults.add(f"class_weights needs classes, and the task is {cohort.task}. Give --class_weights=none.")
     elif weights not in (None, "balanced"):
         try:
             _listed_weights(weights, cohort)
