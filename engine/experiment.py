@@ -26,7 +26,7 @@ from engine.run_names import run_folder, split_path
 from engine.setup import Setup, build_model, prepare
 from engine.staging import report_plan, staged
 from engine.tasks import Task, task_builder
-from engine.testing import FoldResult
+from engine.testing import FoldResult, write_means
 from engine.trackers import fold_values, open_trackers, summary_values
 from engine.trained import need_training_rows
 from utils.config import Config
@@ -49,7 +49,7 @@ def check(config: Config, processes: int = 1) -> None:
     setup = prepare(config)
     show_cohort(setup)
     report_plan(setup)
-    if config.run.script_mode != "test":
+    if config.run.trains:
         check_processes(setup, processes)
     for fold in setup.cohort.folds:
         task = task_builder.build(config, setup.cohort, fold, processes)
@@ -75,7 +75,7 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
     check_restarts(config)
     set_precision(config)
     setup = prepare(config)
-    if config.run.script_mode != "test":
+    if config.run.trains:
         check_processes(setup, processes.world)
     check_same_input(setup, processes)
     if config.run.dry_run:
@@ -92,21 +92,26 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
 
 def _all_folds(setup: Setup, processes: Processes, records: Records, begin: float) -> dict[str, Any]:
     config = setup.config
-    results = []
+    results, scores = list[FoldResult](), list[dict[str, torch.Tensor]]()
     for fold in setup.cohort.folds:
         fold_run = FoldRun(setup, fold, processes, records)
         if fold is setup.cohort.folds[0]:
             _begin(setup, processes, records)
         records.selection = fold_run.task.selection
-        if processes.is_main:
+        if processes.is_main and not config.run.predicts:
             path = split_path(records.folder, fold.index)
             with writing(path, MAKE_ROOM):
                 write_split(fold, path)
-        if config.run.script_mode != "test":
+        if config.run.trains:
             fold_run.train()
-        if config.run.script_mode != "no_test":
+        if config.run.predicts:
+            scores.append(fold_run.predict())
+        elif config.run.script_mode != "no_test":
             results.append(fold_run.test())
             records.tracker.log(fold_values(results[-1].test), step=fold.index)
+    if scores:
+        write_means(scores, setup.cohort, fold_run.task, records)
+        return {}
     summary = summary_of(setup, results, fold_run.task) if results else {}
     summary["seconds"] = time.perf_counter() - begin
     records.json("results.json", summary)
@@ -123,7 +128,7 @@ def _begin(setup: Setup, processes: Processes, records: Records) -> None:
     config = setup.config
     if config.run.resume != "never":
         check_states(setup, setup.cohort.folds[1:], records.folder, processes)
-    elif config.run.script_mode != "test":
+    elif config.run.trains:
         forget_folds(records.folder, (fold.index for fold in setup.cohort.folds), processes)
     records.start(config, {"processes": processes.world, "device": str(processes.device)})
     if processes.is_main:
@@ -189,7 +194,7 @@ def show_cohort(setup: Setup) -> None:
     log.info("%s: %s", cohort.task, ", ".join(f"{i} = {name}" for i, name in enumerate(cohort.class_names)))
     for note in cohort.notes:
         log.info("%s", note)
-    for fold in cohort.folds:
+    for fold in cohort.folds if not setup.config.run.predicts else ():
         log.info("fold %d\n%s", fold.index, split_card(cohort, fold, setup.sources.slides))
 
 

@@ -127,7 +127,7 @@ class FoldRun:
 
     def _resume(self) -> None:
         run = self.setup.config.run
-        training = run.script_mode != "test"
+        training = run.trains
         if training:
             self.files.clear()
         state = None if run.resume == "never" else self.files.load_last()
@@ -379,6 +379,10 @@ class FoldRun:
         )
 
     # Test
+
+    def predict(self) -> dict[str, torch.Tensor]:
+        """The scores of bags without labels, (N, ...) by set of weights; writes them."""
+        return Tester(self.evaluator, self.files, self.records).predict(self.names, self.label)
 
     def test(self) -> FoldResult:
         """Tests the best epoch of each evaluated set of weights; writes the predictions."""

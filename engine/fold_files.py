@@ -82,7 +82,7 @@ class FoldFiles:
                 f"{self.last} was saved in the middle of an epoch by {world} process(es), and there are "
                 f"{self.processes.world} now. Go on with {world}, or give --resume=never to start anew."
             )
-        if self.setup.config.run.script_mode != "test":
+        if self.setup.config.run.trains:
             stored = self._with_this_batch_size(stored, world)
         checkpoint.check_same_run(stored, self.setup.config.flat(), self.last)
         self._check_data(state.get("data"))

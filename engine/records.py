@@ -81,10 +81,10 @@ class Records:
     def start(self, config: Config, facts: Mapping[str, Any]) -> None:
         """Writes ``config.yaml`` (usable with ``-c``) and ``environment.json``.
 
-        A test leaves those of the training alone, which repeat it, and writes ``config_test.yaml`` beside them.
+        What does not train leaves those of the training alone, which repeat it: ``config_test.yaml`` lies beside them.
         """
         if self.active:
-            suffix = "_test" if config.run.script_mode == "test" else ""
+            suffix = "" if config.run.trains else f"_{config.run.script_mode}"
             self.text(f"config{suffix}.yaml", yaml.safe_dump(config.flat(), sort_keys=False))
             self.json(f"environment{suffix}.json", {**environment(), **facts})
 

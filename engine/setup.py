@@ -13,6 +13,7 @@ from datasets.bags import SamplingPlan
 from datasets.full_bags import ChunkPlan
 from datasets.labels import Cohort, load_cohort
 from datasets.labels.options import LabelOptions
+from datasets.labels.unlabelled import load_unlabelled
 from datasets.sampling import Regions, bag_limit
 from datasets.views import Renderer, ViewPlan
 from engine.precision import Precision
@@ -66,10 +67,10 @@ def prepare(config: Config) -> Setup:
     data = config.data
     positions = uses_positions(mil, config.model) or data.num_group_2d is not None
     sources = open_sources(data, encoder is not None, positions)
-    trained, training = read_trained(config), config.run.script_mode != "test"
-    elsewhere = config.run.checkpoint is not None
-    options = LabelOptions.from_config(data, config.model, config.train, training, elsewhere)
-    cohort = load_cohort(with_trained(options, trained), sources.slides, sources.absent)
+    trained = read_trained(config)
+    options = with_trained(LabelOptions.from_config(data, config.model, config.train, config.run), trained)
+    load = load_unlabelled if config.run.predicts else load_cohort
+    cohort = load(options, sources.slides, sources.absent)
     cohort = checked(cohort, trained, config)
     _check_outputs(config, cohort)
     check_task_options(config, cohort, mil)
@@ -99,7 +100,7 @@ def _checked_names(config: Config) -> tuple[str | None, str]:
             f"--image_input: patches need an encoder, and the model name {name!r} names none. "
             f"Give --model=e2e_r18_{mil}, or leave image_input out to train on features."
         )
-    check_paths(config.data, name.startswith("e2e_"), faults)
+    check_paths(config.data, name.startswith("e2e_"), faults, labels=not config.run.predicts)
     faults.raise_if_any()
     return encoder, mil
 
@@ -162,7 +163,7 @@ def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Rend
     options, train = setup.config.model, setup.config.train
     encoder, renderer, width = None, None, setup.sources.width
     if setup.encoder is not None:
-        trains = setup.config.run.script_mode != "test"
+        trains = setup.config.run.trains
         encoder = build_encoder(setup.encoder, pretrained=trains and options.enc_pt and options.enc_init is None)
         if trains and options.enc_init is not None:
             load_encoder_weights(encoder, options.enc_init, fold)

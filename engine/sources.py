@@ -56,8 +56,15 @@ class Sources:
     absent: Mapping[str, str] = field(default_factory=dict)
 
 
-def check_paths(data: DataConfig, pixels: bool, faults: Faults) -> None:
-    """Adds what is wrong with the paths and with the options that go with them, before anything is opened."""
+def check_paths(data: DataConfig, pixels: bool, faults: Faults, labels: bool = True) -> None:
+    """Adds what is wrong with the paths and with the options that go with them, before anything is opened.
+
+    Args:
+        data: paths and options.
+        pixels: whether stores of patches are read.
+        faults: collects the sentences.
+        labels: whether a label file is needed.
+    """
     if not data.dataset_root:
         faults.add(
             "dataset_root is not set: give --dataset_root, the store (or feature folder) of the high magnification"
@@ -79,9 +86,9 @@ def check_paths(data: DataConfig, pixels: bool, faults: Faults) -> None:
             "persistence reads all features into RAM once, so a copy for stage_to would be read once too: remove one "
             "of the two"
         )
-    if not data.csv_path:
+    if not data.csv_path and labels:
         faults.add("csv_path is not set: give --csv_path, a label csv or a folder of fold_<k>.csv")
-    elif not Path(data.csv_path).exists():
+    elif data.csv_path and not Path(data.csv_path).exists():
         faults.add(f"there is no label file {data.csv_path}. Correct --csv_path")
 
 

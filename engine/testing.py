@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from datasets.labels.types import Fold
+from datasets.labels.types import Cohort, Fold, Sample
 from engine.checkpoint import load, load_weights
 from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
 from engine.metrics.bootstrap import bootstrap
 from engine.records import Records
 from engine.run_names import ending
+from engine.tasks import Task
 from engine.trained import WHOLE_COPY, weights_path
 from engine.validation import Evaluator
 from utils.errors import UserError
@@ -89,6 +91,19 @@ class Tester:
         trained = epochs if self.files.setup.config.run.checkpoint is None else None
         return FoldResult(self.fold, trained, selected_on, results, logits)
 
+    def predict(self, names: Sequence[str], label: str) -> dict[str, Tensor]:
+        """The scores of the test bags, which have no labels, by set of weights: (N, ...), in the order of the fold."""
+        for name in names:
+            self._load(name)
+        scores = {}
+        for name, predictions in self.evaluator.predict(names, "test").items():
+            in_order = predictions.logits[predictions.index.argsort()]
+            scores[name] = self.task.scores(in_order)
+            file = f"fold_{self.fold.index}_predictions{ending(name)}.csv"
+            write_scores(self.records, file, self.fold.test, self.task, scores[name])
+            log.info("%s  %d predictions (%s weights) in %s", label, len(in_order), name, file)
+        return scores
+
     def _load(self, name: str) -> int:
         """Puts the kept weights in place; returns the epoch that they are of."""
         path = weights_path(self.files.setup.config, self.fold.index, name)
@@ -102,17 +117,29 @@ class Tester:
         return epoch
 
     def _write_predictions(self, name: str, predictions: Predictions) -> None:
-        scores = self.task.scores(predictions.logits)
-        table = scores.tolist() if scores.ndim == 2 else [[s] for s in scores.tolist()]
         samples = [self.fold.test[int(i)] for i in predictions.index]
-        targets = list(predictions.target)
-        rows = [
-            [s.id, s.case, *(_number(predictions.target[t][i]) for t in targets), *table[i]]
-            for i, s in enumerate(samples)
-        ]
         file = f"fold_{self.fold.index}_test{ending(name)}_predictions.csv"
-        self.records.table(file, ["id", "case", *targets, *self.task.columns], rows)
+        write_scores(self.records, file, samples, self.task, self.task.scores(predictions.logits), predictions.target)
 
 
-def _number(value: Tensor) -> float | int:
-    return value.item()
+def write_scores(
+    records: Records,
+    file: str,
+    samples: Sequence[Sample],
+    task: Task,
+    scores: Tensor,
+    target: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes a line per bag: id, case, the targets where there are some, the columns of ``task.scores``."""
+    known = {name: values.tolist() for name, values in (target or {}).items()}
+    table = scores.tolist() if scores.ndim == 2 else [[s] for s in scores.tolist()]
+    rows = [[s.id, s.case, *(v[i] for v in known.values()), *table[i]] for i, s in enumerate(samples)]
+    records.table(file, ["id", "case", *known, *task.columns], rows)
+
+
+def write_means(scores: Sequence[Mapping[str, Tensor]], cohort: Cohort, task: Task, records: Records) -> None:
+    """Writes ``predictions.csv``, the mean over the models of all folds; ``_ema`` for the EMA weights."""
+    for name in scores[0]:
+        mean = torch.stack([own[name] for own in scores]).mean(0)
+        write_scores(records, f"predictions{ending(name)}.csv", cohort.folds[0].test, task, mean)
+    log.info("Predictions of %d fold(s), and their mean (predictions.csv), are in %s.", len(scores), records.folder)

@@ -71,13 +71,15 @@ def read_trained(config: Config) -> dict[int, Trained]:
         UserError: for ``--checkpoint`` where it has no use, no such file, or one of a run with other options.
     """
     given, data = config.run.checkpoint, config.data
-    if config.run.script_mode != "test":
+    if config.run.trains:
         if given is not None:
             raise UserError(
                 f"--checkpoint={given} says what --script_mode=test tests. Give that too; to train on from encoder "
                 "weights give --enc_init."
             )
         return {}
+    if config.run.predicts and given is None:
+        raise UserError("--script_mode=predict needs --checkpoint, the folder of the run whose models predict.")
     folds = range(data.fold_start, data.cv_fold)
     if given is not None and Path(given).is_file() and len(folds) > 1:
         raise UserError(
@@ -138,7 +140,7 @@ def checked(cohort: Cohort, trained: Mapping[int, Trained], config: Config) -> C
     given, said = config.run.checkpoint, list[str]()
     if given is not None:
         said.append(f"Weights, order of the classes and survival bins are those of {given}.")
-        said += [_known_to(trained[fold.index], fold) for fold in cohort.folds]
+        said += [_known_to(trained[fold.index], fold) for fold in cohort.folds if not config.run.predicts]
     folds = tuple(_completed(f, cohort, trained, config) for f in cohort.folds)
     return dataclasses.replace(cohort, folds=folds, notes=(*cohort.notes, *said))
 
@@ -195,4 +197,4 @@ def _completed(fold: Fold, cohort: Cohort, trained: Mapping[int, Trained], confi
 def need_training_rows(cohort: Cohort, command: str) -> None:
     """Refuses to measure training where there is nothing to train on."""
     if not all(fold.train for fold in cohort.folds):
-        raise UserError(f"{command} measures training, and there are no train rows: leave --script_mode=test out.")
+        raise UserError(f"{command} measures training, and there are no train rows: leave --script_mode out.")

@@ -281,6 +281,72 @@ def test_another_cohort_is_tested_with_what_the_checkpoint_knows(
     assert {path.name: path.read_bytes() for path in run.iterdir() if path.name != ".lock"} == before
 
 
+KINDS_TO_PREDICT = ("classes", "survival", "values", "labels")
+
+
+@pytest.mark.parametrize("kind", KINDS_TO_PREDICT)
+def test_slides_without_labels_are_predicted(cohort: Cohort, tmp_path: Path, kind: str) -> None:
+    """The scores are those of the test of the same slides, and all slides of the store have one without a csv."""
+    name, *extra = KINDS[kind]
+    assert main.main(cohort.options(name, tmp_path / "run", *extra)) == 0
+    run, ending = tmp_path / "run" / "default" / "default", "_ema" if kind == "labels" else ""
+    with (run / f"fold_0_test{ending}_predictions.csv").open() as file:
+        tested = {row["id"]: row for row in csv.DictReader(file)}
+    (tmp_path / "slides.csv").write_text("slide\n" + "".join(f"{slide}\n" for slide in tested))
+    given = [f"-c={run / 'config.yaml'}", "--script_mode=predict", f"--checkpoint={run}"]
+    for csv_path, count in ((tmp_path / "slides.csv", len(tested)), ("none", 48)):
+        assert main.main([*given, f"--csv_path={csv_path}", f"--output_path={tmp_path / 'new'}"]) == 0
+        out = tmp_path / "new" / "default" / "default"
+        for file_name in (f"fold_0_predictions{ending}.csv", f"predictions{ending}.csv"):
+            with (out / file_name).open() as file:
+                found = {row["id"]: row for row in csv.DictReader(file)}
+            assert len(found) == count
+            for slide, row in tested.items():
+                names = [column for column in found[slide] if column not in ("id", "case")]
+                assert found[slide]["case"] == row["case"]
+                own, theirs = ([float(r[column]) for column in names] for r in (found[slide], row))
+                assert own == pytest.approx(theirs, abs=1e-6)
+        assert "label" not in next(iter(found.values()))
+    assert sorted(path.name for path in out.glob("config*.yaml")) == ["config_predict.yaml"]
+    assert not (out / "results.json").exists()
+
+
+def test_several_models_predict_and_their_mean_is_written(cohort: Cohort, tmp_path: Path) -> None:
+    assert main.main(cohort.options("classes", tmp_path / "run", "--cv_fold=2", "--num_epoch=1")) == 0
+    run = tmp_path / "run" / "default" / "default"
+    given = [f"-c={run / 'config.yaml'}", "--script_mode=predict", f"--checkpoint={run}", "--csv_path=none"]
+    assert main.main([*given, f"--output_path={tmp_path / 'new'}"]) == 0
+    tables = []
+    for name in ("fold_0_predictions.csv", "fold_1_predictions.csv", "predictions.csv"):
+        with (tmp_path / "new" / "default" / "default" / name).open() as file:
+            rows = sorted(csv.reader(file))
+        tables.append(np.array([row[2:] for row in rows if row[0] != "id"], dtype=float))
+    np.testing.assert_allclose((tables[0] + tables[1]) / 2, tables[2], atol=1e-6)
+    np.testing.assert_allclose(tables[2].sum(1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ([], "--script_mode=predict needs --checkpoint"),
+        (["--checkpoint={run}", "--csv_path={bad}"], "none of the columns wsi_name, label names slides"),
+        (["--checkpoint={run}", "--csv_path={absent}"], "name slides that are not among the 48 of the store"),
+        (["--checkpoint={run}", "--output_path={own}"], "holds a trained run"),
+    ],
+)
+def test_a_prediction_that_cannot_be_is_a_sentence(
+    cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture, extra: list[str], sentence: str
+) -> None:
+    assert main.main(cohort.options("classes", tmp_path / "run", "--num_epoch=1")) == 0
+    run = tmp_path / "run" / "default" / "default"
+    (tmp_path / "bad.csv").write_text("wsi_name,label\ns1,low\n")
+    (tmp_path / "absent.csv").write_text("slide\ns1\nnowhere\n")
+    places = {"run": run, "bad": tmp_path / "bad.csv", "absent": tmp_path / "absent.csv", "own": tmp_path / "run"}
+    given = [f"-c={run / 'config.yaml'}", "--script_mode=predict", f"--output_path={tmp_path / 'new'}"]
+    assert main.main([*given, *(word.format(**places) for word in extra)]) == 2
+    assert sentence in caplog.text
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_slide_of_numbers_that_are_none_is_named(
     cohort: Cohort, tmp_path: Path, caplog: pytest.LogCaptureFixture, split: str
@@ -327,6 +393,15 @@ def test_a_model_of_two_magnifications_is_tested_without_the_low_one(
     assert "This test reads the high magnification only" in caplog.text
     found, own = (results(tmp_path / name)["folds"][0]["test"]["main"]["report"] for name in ("other", "run"))
     assert found == own
+    predicted = [*given, "--script_mode=predict", "--csv_path=none", f"--output_path={tmp_path / 'predicted'}"]
+    assert main.main(predicted) == 0
+    tested, told = (
+        {row["id"]: row["p_0"] for row in csv.DictReader((tmp_path / name).open())}
+        for name in ("run/default/default/fold_0_test_predictions.csv", "predicted/default/default/predictions.csv")
+    )
+    assert {name: float(told[name]) for name in tested} == pytest.approx(
+        {k: float(v) for k, v in tested.items()}, abs=1e-6
+    )
 
 
 def test_every_fold_is_tested_on_the_whole_other_cohort(cohort: Cohort, tmp_path: Path) -> None:

@@ -313,11 +313,15 @@ class RunConfig:
     output_path: str = option("results", "results go to output_path/project/title")
     project: str = option("default", "folder inside output_path")
     title: str = option("default", "folder inside project")
-    script_mode: str = option("all", "train and test, or one of them", ("all", "test", "no_test"))
+    script_mode: str = option(
+        "all",
+        "train and test, or one of them; predict: what the model of checkpoint says of slides without labels",
+        ("all", "test", "no_test", "predict"),
+    )
     checkpoint: str | None = option(
         None,
-        "script_mode=test: folder of the run (or one .pt file) whose best weights are tested, also on a csv that holds "
-        "test rows only; default: the run's own folder",
+        "script_mode=test, predict: folder of the run (or one .pt file) whose best weights are used, also on a csv "
+        "that holds test rows only; default for test: the run's own folder",
     )
     resume: str = option(
         "auto",
@@ -340,6 +344,16 @@ class RunConfig:
     wandb: bool = option(False, "also log to Weights & Biases; WANDB_MODE=offline works without a network")
     tensorboard: bool = option(False, "also write event files for TensorBoard, in the run's folder")
     device: str = option("auto", "auto: CUDA when there is one", ("auto", "cpu", "cuda"))
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained."""
+        return self.script_mode in ("all", "no_test")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether the slides have no labels."""
+        return self.script_mode == "predict"
 
 
 GROUPS: dict[str, type] = {

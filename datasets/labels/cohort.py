@@ -64,7 +64,7 @@ def load_cohort(options: LabelOptions, slides: Collection[str], absent: Mapping[
             check_values(table, faults)
     drafts = _divide(options, by_fold, faults)
     notes += [note for draft in drafts for note in draft.rows.notes]
-    matches, said = _match(options, tables, Matcher(slides, absent or {}), faults)
+    matches, said = match_rows(options, tables, Matcher(slides, absent or {}), faults)
     notes += said
     if options.survival:
         faults.raise_if_any()  # what the bins and events of unread rows would say is not so
@@ -73,8 +73,8 @@ def load_cohort(options: LabelOptions, slides: Collection[str], absent: Mapping[
     faults.raise_if_any()
     if classes and options.training:
         notes += unlearnt(classes, {int(sample.target["label"]) for fold in folds for sample in fold.train})
-    notes += [*builder.notes, _bag_note(options, folds)]
-    return _cohort(options, folds, classes, notes)
+    notes += [*builder.notes, bag_note(options, folds)]
+    return cohort_of(options, folds, classes, notes)
 
 
 def _read_tables(options: LabelOptions, faults: Faults) -> dict[int, Table]:
@@ -128,7 +128,7 @@ def _divide(options: LabelOptions, by_fold: dict[int, Table], faults: Faults) ->
     return drafts
 
 
-def _match(
+def match_rows(
     options: LabelOptions, tables: Iterable[Table], matcher: Matcher, faults: Faults
 ) -> tuple[dict[str, Matches], list[str]]:
     """What each csv's rows match, and the sentences about it."""
@@ -181,7 +181,7 @@ def _near_text(number: int, name: str, matcher: Matcher) -> str:
     return f"row {number} {name!r}" + (f" (closest: {', '.join(repr(c) for c in close)})" if close else "")
 
 
-def _bag_note(options: LabelOptions, folds: tuple[Fold, ...]) -> str:
+def bag_note(options: LabelOptions, folds: tuple[Fold, ...]) -> str:
     """One sentence on the bag level and on how many patients it concerns."""
     slides: dict[str, set[str]] = {}
     for samples in folds[0].splits().values():
@@ -192,7 +192,7 @@ def _bag_note(options: LabelOptions, folds: tuple[Fold, ...]) -> str:
     return f"One bag per {what} (--bag_level): {several} of {len(slides)} patients have several slides."
 
 
-def _cohort(options: LabelOptions, folds: tuple[Fold, ...], classes: Classes | None, notes: list[str]) -> Cohort:
+def cohort_of(options: LabelOptions, folds: tuple[Fold, ...], classes: Classes | None, notes: list[str]) -> Cohort:
     unique = tuple(dict.fromkeys(notes))
     if classes is not None:
         return Cohort("classification", classes.names, folds, None, unique)

@@ -37,7 +37,7 @@ def find_columns(header: list[str], survival: bool) -> dict[str, int] | str:
     Returns:
         The mapping, or a sentence saying what is missing and which forms are accepted.
     """
-    named = _by_name(header)
+    named = by_name(header)
     if survival:
         return _survival(header, named)
     if {"ID", "Label", "Split"} <= set(header):
@@ -67,7 +67,7 @@ def find_multilabel_columns(header: list[str], names: tuple[str, ...]) -> dict[s
         The mapping, or a sentence saying what is missing.
     """
     missing = [name for name in names if name not in header]
-    roles = {role: at for role, at in _by_name(header).items() if role in ("id", "case", "split", "wsi")}
+    roles = {role: at for role, at in by_name(header).items() if role in ("id", "case", "split", "wsi")}
     if missing or "id" not in roles:
         absent = ", ".join([*([] if "id" in roles else ["slide (or ID)"]), *missing])
         return (
@@ -82,7 +82,8 @@ def _patient_only(named: dict[str, int], header: list[str]) -> dict[str, int]:
     return {role: at for role, at in named.items() if role != "case" or header[at].lower() not in ("block", "group")}
 
 
-def _by_name(header: list[str]) -> dict[str, int]:
+def by_name(header: list[str]) -> dict[str, int]:
+    """Roles to positions, by the names of the columns alone."""
     lower = [name.lower() for name in header]
     found = {}
     for role, names in NAMES.items():

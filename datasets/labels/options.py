@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from utils.config import DataConfig, ModelConfig, TrainConfig
+from utils.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from utils.errors import UserError
 
 CLASS_NAMES: dict[str, tuple[str, ...]] = {
@@ -73,17 +73,18 @@ class LabelOptions:
 
     @classmethod
     def from_config(
-        cls, data: DataConfig, model: ModelConfig, train: TrainConfig, training: bool = True, elsewhere: bool = False
+        cls, data: DataConfig, model: ModelConfig, train: TrainConfig, run: RunConfig | None = None
     ) -> LabelOptions:
         """The part of the program's options that concerns labels.
 
         Raises:
             UserError: no csv_path was given.
         """
-        if not data.csv_path:
+        run = run or RunConfig()
+        if not data.csv_path and not run.predicts:
             raise UserError("csv_path is not set: give --csv_path, a label csv or a folder of fold_<k>.csv.")
         return cls(
-            csv_path=data.csv_path,
+            csv_path=data.csv_path or "",
             datasets=data.datasets,
             task=data.task,
             classes=tuple(name.strip() for name in (data.classes or "").split(",") if name.strip()),
@@ -99,8 +100,8 @@ class LabelOptions:
             bag=data.bag_level,
             bins=data.surv_bins,
             n_bins=model.n_classes if model.n_classes and model.n_classes > 1 else DEFAULT_BINS,
-            training=training,
-            elsewhere=elsewhere,
+            training=run.trains,
+            elsewhere=run.checkpoint is not None,
         )
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.labels.columns import LABEL_ROLE, SPLIT_WORDS, find_columns, find_multilabel_columns
+from datasets.labels.columns import LABEL_ROLE, SPLIT_WORDS, by_name, find_columns, find_multilabel_columns
 from utils.errors import Faults
 
 _TCGA_CASE = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}|C3[LN]-\d{5})(?=$|[-.])")
@@ -129,6 +129,31 @@ def read_table(path: Path, survival: bool, faults: Faults, label_columns: tuple[
     if separator != ",":
         notes = (f"{path.name} is read as separated by {SEPARATORS[separator]}, as its header is.", *notes)
     return Table(path.name, rows, frozenset(columns), notes)
+
+
+def read_names(path: Path, faults: Faults) -> Table:
+    """Reads the slides, and the patients where they are given, of a csv whose labels do not matter.
+
+    Args:
+        path: as for ``read_table``; a single column may have any name.
+        faults: collects the sentences.
+    """
+    separator, lines = _read_lines(path, faults)
+    if not lines:
+        return Table(path.name, (), frozenset())
+    header = [name.strip() for name in lines[0][1]]
+    named = by_name(header)
+    columns = {role: at for role, at in named.items() if role in ("id", "case", "wsi")}
+    if "id" not in columns:
+        if len(header) > 1 and "case" not in columns:
+            faults.add(f"{path.name}: none of the columns {', '.join(header)} names slides. Call one of them slide.")
+            return Table(path.name, (), frozenset())
+        columns["id"] = columns.get("case", 0)
+    body = [(number, [cell.strip() for cell in cells]) for number, cells in lines[1:] if len(cells) == len(header)]
+    if len(body) < len(lines) - 1:
+        faults.add(f"{path.name}: {len(lines) - 1 - len(body)} rows have another number of cells than the header.")
+    rows = _Parser(path.name, columns, faults).parse(body)
+    return Table(path.name, rows, frozenset(columns))
 
 
 def _read_lines(path: Path, faults: Faults) -> tuple[str, list[tuple[int, list[str]]]]:
