@@ -58,7 +58,7 @@ def check(config: Config, processes: int = 1) -> None:
 
 
 def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any]:
-    """Trains and tests every fold.
+    """Trains and tests every fold, or lets the models of a run predict.
 
     Args:
         config: the options.
@@ -66,7 +66,7 @@ def run(config: Config, processes: Processes, notes: list[str]) -> dict[str, Any
         notes: sentences from reading the options, for the log.
 
     Returns:
-        What ``results.json`` holds.
+        What ``results.json`` holds; nothing for predictions.
 
     Raises:
         UserError: for faults in what the user gave, before the first epoch wherever possible.
@@ -109,12 +109,13 @@ def _all_folds(setup: Setup, processes: Processes, records: Records, begin: floa
         elif config.run.script_mode != "no_test":
             results.append(fold_run.test())
             records.tracker.log(fold_values(results[-1].test), step=fold.index)
-    if scores:
+    if config.run.predicts:
         write_means(scores, setup.cohort, fold_run.task, records)
-        return {}
-    summary = summary_of(setup, results, fold_run.task) if results else {}
-    summary["seconds"] = time.perf_counter() - begin
-    records.json("results.json", summary)
+        summary = dict[str, Any]()
+    else:
+        summary = summary_of(setup, results, fold_run.task) if results else {}
+        summary["seconds"] = time.perf_counter() - begin
+        records.json("results.json", summary)
     if processes.is_main and results:
         records.tracker.log(summary_values(summary))
         show_summary(summary, fold_run.task)
