@@ -102,6 +102,7 @@ MAY_DIFFER = {
     "device",
     "output_path",
     "num_bootstrap",
+    "save_attention",
     "always_test",
     "save_every_min",
     "dry_run",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,9 @@ from engine.precision import Precision, fixed_kernels
 from modules.model import SlideModel
 from utils.dist import Processes
 from utils.stop import Stopped, StopRequest
+
+Watch = Callable[[str, SlideModel, int, Tensor, "Tensor | None"], None]
+"""Is told the name of a set of weights, the model, the position of a bag, its features (N, D) and grid positions."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ def predict_all(
     renderer: Renderer | None,
     precision: Precision,
     processes: Processes,
+    watch: Watch | None = None,
 ) -> dict[str, Predictions]:
     """Evaluates the bags that ``calls`` gives this process and joins the results of all processes.
 
@@ -70,11 +74,12 @@ def predict_all(
         renderer: patches to encoder input; None for features.
         precision: of the forward passes.
         processes: this process among its peers.
+        watch: sees every bag of this process.
 
     Raises:
         Stopped: on all processes, when one of them was asked to stop.
     """
-    return _of_all_processes(_predict_own(models, calls, renderer, precision, processes.stop), processes)
+    return _of_all_processes(_predict_own(models, calls, renderer, precision, processes.stop, watch), processes)
 
 
 @torch.inference_mode()
@@ -84,6 +89,7 @@ def _predict_own(
     renderer: Renderer | None,
     precision: Precision,
     stop: StopRequest,
+    watch: Watch | None,
 ) -> dict[str, Predictions]:
     """What this process's bags get; incomplete when it was asked to stop."""
     features: dict[str, list[Tensor]] = {name: [] for name in models}
@@ -105,18 +111,15 @@ def _predict_own(
                 continue
             pos = torch.cat(positions) if positions else None
             for name, model in models.items():
-                logits[name].append(_scores(model, features[name], pos))
+                whole = torch.cat(features[name])
+                logits[name].append(model.aggregate(whole, [len(whole)], pos=pos)[0].float())
+                if watch is not None:
+                    watch(name, model, bags.index[0], whole, pos)
                 features[name].clear()
             positions.clear()
             index += bags.index
             targets.append(bags.target)
     return {name: _own(index, own, targets) for name, own in logits.items()}
-
-
-def _scores(model: SlideModel, features: list[Tensor], pos: Tensor | None) -> Tensor:
-    whole = torch.cat(features)
-    logits, _ = model.aggregate(whole, [len(whole)], pos=pos)
-    return logits.float()
 
 
 def _own(index: list[int], logits: list[Tensor], targets: list[dict[str, Tensor]]) -> Predictions:

@@ -16,6 +16,7 @@ from datasets.labels.options import LabelOptions
 from datasets.labels.unlabelled import load_unlabelled
 from datasets.sampling import Regions, bag_limit
 from datasets.views import Renderer, ViewPlan
+from engine.attention_files import check_attention
 from engine.precision import Precision
 from engine.sources import Sources, check_features, check_paths, check_positions, keep_in_memory, open_sources
 from engine.tasks.task_builder import check_task_options
@@ -174,6 +175,8 @@ def build_model(setup: Setup, outputs: int, fold: int) -> tuple[SlideModel, Rend
         what = f"the features of encoder {setup.encoder}" if setup.encoder else "the feature files"
         raise UserError(f"input_dim is {options.input_dim}, but {what} have width {width}. Give --input_dim=none.")
     mil = build_mil(setup.mil, width, outputs, options)
+    if setup.config.eval.save_attention:
+        check_attention(mil)
     model = SlideModel(mil, encoder, train.p_batch_size, options.freeze_enc, train.grad_checkpointing)
     if train.channels_last and encoder is not None:
         for parameter in encoder.parameters():

@@ -176,9 +176,9 @@ def _slides(cohort: Cohort) -> Iterable[str]:
 
 def _with_positions(sources: Sources, data: DataConfig) -> Sources:
     """The same sources with grids whose cell is one step of the high magnification."""
-    high = _coordinates(sources.train[-1], data.h5_path)
-    owners = [high] if len(sources.train) == 1 else [_coordinates(sources.train[0], data.h5_sub_path), high]
-    tested = _coordinates(sources.test, data.h5_path)
+    high = coordinates_of(sources.train[-1], data.h5_path)
+    owners = [high] if len(sources.train) == 1 else [coordinates_of(sources.train[0], data.h5_sub_path), high]
+    tested = coordinates_of(sources.test, data.h5_path)
     return dataclasses.replace(
         sources,
         train=tuple(_on(source, Grid(own, high)) for source, own in zip(sources.train, owners, strict=True)),
@@ -186,7 +186,8 @@ def _with_positions(sources: Sources, data: DataConfig) -> Sources:
     )
 
 
-def _coordinates(source: Source, folder: str | None) -> Coordinates:
+def coordinates_of(source: Source, folder: str | None) -> Coordinates:
+    """The corners of a source's instances: in ``folder`` (``--h5_path``), else where the instances are."""
     if folder:
         return CoordinateFolder(folder)
     if isinstance(source, PixelSource):

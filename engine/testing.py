@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from datasets.labels.types import Cohort, Fold, Sample
+from engine.attention_files import AttentionFiles
 from engine.checkpoint import load, load_weights
 from engine.evaluate import Predictions
 from engine.fold_files import FoldFiles
 from engine.metrics.bootstrap import bootstrap
 from engine.records import Records
 from engine.run_names import ending
+from engine.sources import coordinates_of
 from engine.tasks import Task
 from engine.trained import WHOLE_COPY, weights_path
 from engine.validation import Evaluator
@@ -59,7 +61,7 @@ class Tester:
         results: dict[str, dict[str, Any]] = {}
         logits: dict[str, Predictions] = {}
         kept = {name: self._load(name) for name in names}
-        seen = self.evaluator.predict(names, "test")
+        seen = self.evaluator.predict(names, "test", self._watch())
         for name, predictions in seen.items():
             statistics = self.task.statistics(predictions.logits, predictions.target)
             estimates = bootstrap(statistics, self.fold.index, self.eval_options.num_bootstrap)
@@ -96,13 +98,21 @@ class Tester:
         for name in names:
             self._load(name)
         scores = {}
-        for name, predictions in self.evaluator.predict(names, "test").items():
+        for name, predictions in self.evaluator.predict(names, "test", self._watch()).items():
             in_order = predictions.logits[predictions.index.argsort()]
             scores[name] = self.task.scores(in_order)
             file = f"fold_{self.fold.index}_predictions{ending(name)}.csv"
             write_scores(self.records, file, self.fold.test, self.task, scores[name])
             log.info("%s  %d predictions (%s weights) in %s", label, len(in_order), name, file)
         return scores
+
+    def _watch(self) -> AttentionFiles | None:
+        setup = self.files.setup
+        if not setup.config.eval.save_attention:
+            return None
+        source = setup.sources.test
+        corners = coordinates_of(source, setup.config.data.h5_path)
+        return AttentionFiles(self.records.folder, self.fold, source, corners)
 
     def _load(self, name: str) -> int:
         """Puts the kept weights in place; returns the epoch that they are of."""

@@ -13,7 +13,7 @@ from datasets.labels.types import Fold, Sample
 from datasets.loaders import LoaderOptions, shard
 from engine import memory
 from engine.decoding import coded, gpu_decoder
-from engine.evaluate import Predictions, predict_all
+from engine.evaluate import Predictions, Watch, predict_all
 from engine.learner import Learner
 from engine.setup import Setup
 from utils.dist import Processes
@@ -62,8 +62,13 @@ class Evaluator:
         self._samples = {"val": fold.val, "test": fold.test}
         self._reader: EvalReader | None = None
 
-    def predict(self, names: Sequence[str], split: str) -> dict[str, Predictions]:
+    def predict(self, names: Sequence[str], split: str, watch: Watch | None = None) -> dict[str, Predictions]:
         """What each of the weights ``names`` ("main", "ema") says about ``split`` ("val", "test"), each bag once.
+
+        Args:
+            names: sets of weights.
+            split: which bags.
+            watch: sees every bag of this process.
 
         Raises:
             Stopped: when a process was asked to stop; all processes raise it.
@@ -72,7 +77,7 @@ class Evaluator:
         learner, load = self.learner, memory.Load()
         models, calls = {name: learner.weights()[name] for name in names}, self._watched(split, load)
         with memory.explained(load, self.setup.config, training=False):
-            predictions = predict_all(models, calls, learner.renderer, learner.precision, self.processes)
+            predictions = predict_all(models, calls, learner.renderer, learner.precision, self.processes, watch)
         for name, own in predictions.items():
             self._check_finite(own, f"{split} bags (with the {name} weights)", self._samples[split])
         return predictions

@@ -303,6 +303,11 @@ class EvalConfig:
         -1, "the published way to choose it: -1 default, 0 auc or c_index, 1 accuracy_macro, ...", least=-1
     )
     num_bootstrap: int = option(1000, "bootstrap resamples of the test predictions", least=0)
+    save_attention: bool = option(
+        False,
+        "with the test or the predictions, write the attention of every patch to attention/fold_<k>/<slide>.csv, for "
+        "CLAM/heatmap.py",
+    )
     always_test: bool = option(False, "also evaluate the test set every epoch (never used for selection)")
 
 
