@@ -292,9 +292,10 @@ def test_slides_without_labels_are_predicted(cohort: Cohort, tmp_path: Path, kin
     run, ending = tmp_path / "run" / "default" / "default", "_ema" if kind == "labels" else ""
     with (run / f"fold_0_test{ending}_predictions.csv").open() as file:
         tested = {row["id"]: row for row in csv.DictReader(file)}
-    (tmp_path / "slides.csv").write_text("slide\n" + "".join(f"{slide}\n" for slide in tested))
+    (tmp_path / "slides.csv").write_text("note,slide\n" + "".join(f"x,{slide}\n" for slide in tested))
+    (tmp_path / "list.txt").write_text("".join(f"{slide}\n" for slide in tested))
     given = [f"-c={run / 'config.yaml'}", "--script_mode=predict", f"--checkpoint={run}"]
-    for csv_path, count in ((tmp_path / "slides.csv", len(tested)), ("none", 48)):
+    for csv_path, count in ((tmp_path / "slides.csv", len(tested)), (tmp_path / "list.txt", len(tested)), ("none", 48)):
         assert main.main([*given, f"--csv_path={csv_path}", f"--output_path={tmp_path / 'new'}"]) == 0
         out = tmp_path / "new" / "default" / "default"
         for file_name in (f"fold_0_predictions{ending}.csv", f"predictions{ending}.csv"):

@@ -135,7 +135,7 @@ def read_names(path: Path, faults: Faults) -> Table:
     """Reads the slides, and the patients where they are given, of a csv whose labels do not matter.
 
     Args:
-        path: as for ``read_table``; a single column may have any name.
+        path: as for ``read_table``; or a plain list of slides without a header.
         faults: collects the sentences.
     """
     separator, lines = _read_lines(path, faults)
@@ -144,14 +144,15 @@ def read_names(path: Path, faults: Faults) -> Table:
     header = [name.strip() for name in lines[0][1]]
     named = by_name(header)
     columns = {role: at for role, at in named.items() if role in ("id", "case", "wsi")}
-    if "id" not in columns:
-        if len(header) > 1 and "case" not in columns:
-            faults.add(f"{path.name}: none of the columns {', '.join(header)} names slides. Call one of them slide.")
-            return Table(path.name, (), frozenset())
-        columns["id"] = columns.get("case", 0)
-    body = [(number, [cell.strip() for cell in cells]) for number, cells in lines[1:] if len(cells) == len(header)]
-    if len(body) < len(lines) - 1:
-        faults.add(f"{path.name}: {len(lines) - 1 - len(body)} rows have another number of cells than the header.")
+    plain = len(header) == 1 and not columns
+    if not plain and not columns.keys() & {"id", "case"}:
+        faults.add(f"{path.name}: none of the columns {', '.join(header)} names slides. Call one of them slide.")
+        return Table(path.name, (), frozenset())
+    columns.setdefault("id", columns.get("case", 0))
+    lines = lines if plain else lines[1:]
+    body = [(number, [cell.strip() for cell in cells]) for number, cells in lines if len(cells) == len(header)]
+    if len(body) < len(lines):
+        faults.add(f"{path.name}: {len(lines) - len(body)} rows have another number of cells than the first line.")
     rows = _Parser(path.name, columns, faults).parse(body)
     return Table(path.name, rows, frozenset(columns))
 
