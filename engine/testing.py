@@ -99,11 +99,10 @@ class Tester:
             self._load(name)
         scores = {}
         for name, predictions in self.evaluator.predict(names, "test", self._watch()).items():
-            in_order = predictions.logits[predictions.index.argsort()]
-            scores[name] = self.task.scores(in_order)
+            scores[name] = self.task.scores(predictions.logits)
             file = f"fold_{self.fold.index}_predictions{ending(name)}.csv"
             write_scores(self.records, file, self.fold.test, self.task, scores[name])
-            log.info("%s  %d predictions (%s weights) in %s", label, len(in_order), name, file)
+            log.info("%s  %d predictions (%s weights) in %s", label, len(self.fold.test), name, file)
         return scores
 
     def _watch(self) -> AttentionFiles | None:

@@ -158,12 +158,10 @@ def _known_to(trained: Trained, fold: Fold) -> str:
         found += [f"{len(shared)} {what}s ({listed})"] if shared else []
     if not found:
         return f"fold {fold.index}: no slide and no case of the test is among those that the model was trained on."
-    sentence = (
+    return (
         f"fold {fold.index}: {' and '.join(found)} of the test are among those that the model was trained on or chosen "
         "by. Unless these are others of the same names, the result is optimistic."
     )
-    log.warning("%s", sentence)
-    return sentence
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:

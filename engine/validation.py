@@ -90,7 +90,7 @@ class Evaluator:
             listed = ", ".join(named[:MOST_NAMED]) + (", ..." if len(named) > MOST_NAMED else "")
             raise UserError(
                 f"the logits of {len(named)} of {len(bad)} {what} are not finite: {listed}. Look at their patches or "
-                "features; if they are sound, try --amp_dtype=bf16, no --amp, or a lower --lr."
+                "features; if they are sound, try --amp_dtype=bf16, --no_amp, or a lower --lr."
             )
 
     def _watched(self, split: str, load: memory.Load) -> Iterator[Bags]:
